@@ -75,6 +75,24 @@ class SearchParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequest("centroid_score_threshold is a finite number", centroid_score_threshold=self.centroid_score_threshold)
 
 
+class ColdParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a search reads a segment that is not in memory, straight from the object store (engine/cold.py).
+
+    n_cells          coarse cells read per query token
+    n_probe          centroids probed per query token, of those that were read
+    n_rerank         documents worth reading records for; those nearby come along and are scored too
+    max_gap_bytes    records this close to each other are read as one window
+    max_windows, max_window_bytes   bounds of what is read of one segment's records, in requests and in bytes
+    """
+
+    n_cells: int = 2
+    n_probe: int = 32
+    n_rerank: int = 256
+    max_gap_bytes: int = 64 << 10
+    max_windows: int = 14
+    max_window_bytes: int = 5 << 20
+
+
 class CommitParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a commit behaves under contention.
 

@@ -1,0 +1,200 @@
+"""The one place where CURRENT moves.
+
+A commit takes the manifest in force, lets the caller derive the next one, uploads what the next one names, keeps the bytes that are
+about to be replaced as `manifests/{generation}`, and replaces CURRENT if it is unchanged. Two rounds of PUTs, whatever the change:
+
+    segment data, metadata, tombstones ... and manifests/{g}     all together
+    CURRENT g -> g+1                                             if its etag is still the one we read
+
+A refusal is a conflict only if CURRENT really holds another commit: the store reads back before it refuses (store/base.py), and each
+attempt carries its own `writer` id, so equal bytes mean our own write whose answer was lost. A crash before the last PUT leaves
+objects that nobody names; garbage collection takes them. This module never deletes and never caches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engine.config import CommitParams, IndexConfig, check_index_name
+from engine.errors import Conflict, CorruptData, NotFound, Unavailable
+from engine.format import names
+from engine.format.manifest import Manifest, decode_manifest, encode_manifest
+from engine.index.clock import Clock, SystemClock
+from engine.store.base import Buffer, ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The manifest in force at one moment, the bytes it was read from, and their etag."""
+
+    manifest: Manifest
+    data: Buffer
+    etag: str
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a change wants: the next manifest (commit sets generation, time, cause and writer) and the objects it newly names."""
+
+    manifest: Manifest
+    uploads: dict[str, Buffer] = field(default_factory=dict)
+
+
+Apply = Callable[[Manifest], Awaitable[Draft | None]]
+"""Derives a change from the manifest in force. Called again, on the newer manifest, after each conflict; None means nothing to do.
+It must not assume that an earlier call's result was committed."""
+
+
+async def load_head(store: ObjectStore, index: str) -> Head:
+    """Read CURRENT: one request. NotFound (`index-not-found`) if there is no such index."""
+    name = names.current(index)
+    try:
+        found = await store.get(name)
+    except NotFound as error:
+        raise NotFound("no such index", code="index-not-found", index=index) from error
+    return Head(decode_manifest(found.data, name=name), found.data, found.etag)
+
+
+async def refresh_head(store: ObjectStore, index: str, head: Head) -> Head:
+    """`head` itself if CURRENT has not moved, else the newer one: one conditional request, no bytes if unchanged."""
+    name = names.current(index)
+    try:
+        found = await store.get_if_changed(name, head.etag)
+    except NotFound as error:
+        raise NotFound("no such index", code="index-not-found", index=index) from error
+    return head if found is None else Head(decode_manifest(found.data, name=name), found.data, found.etag)
+
+
+async def create(
+    store: ObjectStore,
+    index: str,
+    config: IndexConfig,
+    *,
+    contents: Manifest | None = None,
+    cause: str = "create",
+    clock: Clock | None = None,
+) -> Head:
+    """Make an index: empty, or holding the documents of `contents` (a branch, a restore). One request.
+
+    Raises Conflict (`index-exists`) if CURRENT is there already, InvalidRequest for a bad name.
+    """
+    check_index_name(index)
+    first = Manifest(
+        index_id=names.fresh_id(),
+        generation=0,
+        created_s=(clock or SystemClock()).now_s(),
+        cause=cause,
+        writer=names.fresh_id(),
+        config=config,
+    )
+    if contents is not None:
+        kept = {name: getattr(contents, name) for name in ("dim", "next_id", "codecs", "segments", "columns")}
+        first = msgspec.structs.replace(first, **kept)
+    data = encode_manifest(first)
+    try:
+        etag = await store.put_if_absent(names.current(index), data)
+    except Conflict as error:
+        raise Conflict("an index of this name exists already", code="index-exists", index=index) from error
+    return Head(first, data, etag)
+
+
+async def commit(
+    store: ObjectStore,
+    index: str,
+    apply: Apply,
+    *,
+    cause: str,
+    head: Head | None = None,
+    params: CommitParams | None = None,
+    rng: random.Random | None = None,
+    clock: Clock | None = None,
+) -> Head:
+    """Apply a change as one new generation and return it; the head unchanged if `apply` finds nothing to do.
+
+    head    what the caller believes is in force, to save a read; a stale one costs one conflict
+    Raises Conflict (`commit-conflict`) when `max_attempts` others were faster, NotFound when the index was deleted meanwhile,
+    Unavailable when uploads grew too old to be safe from garbage collection, and whatever `apply` raises.
+    Cost: two rounds of PUTs without contention; a lost race adds a GET and the same again without the uploads already made.
+    """
+    params = params or CommitParams()
+    rng, clock = rng or random.Random(), clock or SystemClock()
+    uploaded: set[str] = set()
+    started_s = clock.monotonic_s()
+    for attempt in range(params.max_attempts):
+        if head is None:
+            head = await load_head(store, index)
+        draft = await apply(head.manifest)
+        if draft is None:
+            return head
+        following = _successor(head.manifest, draft.manifest, cause, clock)
+        await _upload(store, index, head, draft.uploads, uploaded)
+        if clock.monotonic_s() - started_s > params.max_upload_age_s:
+            raise Unavailable("the commit took so long that its uploads may have been collected", index=index, limit_s=params.max_upload_age_s)
+        data = encode_manifest(following)
+        try:
+            etag = await store.replace_if_unchanged(names.current(index), data, head.etag)
+        except Conflict:
+            head = await load_head(store, index)
+            if await _was_made(store, index, following, head):
+                return Head(following, data, etag="")
+            await clock.sleep(_backoff_s(params, attempt, rng))
+            head = await refresh_head(store, index, head)
+            continue
+        except NotFound as error:
+            raise NotFound("the index was deleted meanwhile", code="index-not-found", index=index) from error
+        return Head(following, data, etag)
+    raise Conflict("other writers were faster each time", index=index, attempts=params.max_attempts)
+
+
+def _successor(before: Manifest, after: Manifest, cause: str, clock: Clock) -> Manifest:
+    """`after` as the generation that follows `before`. Time never runs backwards within an index, whatever a machine's clock says."""
+    if after.next_id < before.next_id or after.index_id != before.index_id:
+        raise AssertionError("a change may not reuse document ids or turn into another index")
+    return msgspec.structs.replace(
+        after,
+        generation=before.generation + 1,
+        created_s=max(clock.now_s(), before.created_s),
+        cause=cause,
+        writer=names.fresh_id(),
+    )
+
+
+async def _was_made(store: ObjectStore, index: str, ours: Manifest, head: Head) -> bool:
+    """Whether our own commit is part of the history of `head`, although the store refused it.
+
+    It is if our answer was lost and others committed on top before we looked. Applying the change again would make it twice.
+    """
+    if head.manifest.index_id != ours.index_id or head.manifest.generation <= ours.generation:
+        return head.manifest.writer == ours.writer
+    name = names.manifest(index, ours.index_id, ours.generation)
+    return decode_manifest((await store.get(name)).data, name=name).writer == ours.writer
+
+
+async def _upload(store: ObjectStore, index: str, head: Head, uploads: Mapping[str, Buffer], uploaded: set[str]) -> None:
+    """Put what is not there yet, and the archive of the generation about to be replaced, all in one round."""
+    archive = names.manifest(index, head.manifest.index_id, head.manifest.generation)
+    wanted: dict[str, Buffer] = {name: data for name, data in uploads.items() if name not in uploaded}
+    if archive not in uploaded:
+        wanted[archive] = head.data
+    results = await asyncio.gather(*(store.put_if_absent(name, data) for name, data in wanted.items()), return_exceptions=True)
+    for name, result in zip(wanted, results, strict=True):
+        if isinstance(result, Conflict):
+            raise CorruptData("an object that is written once holds other bytes", code="malformed", object=name) from result
+        if isinstance(result, BaseException):
+            raise result
+        uploaded.add(name)
+
+
+async def archive(store: ObjectStore, index: str, head: Head) -> None:
+    """Make sure that `manifests/{generation}` of `head` exists, as the next commit would."""
+    await _upload(store, index, head, {}, set())
+
+
+def _backoff_s(params: CommitParams, attempt: int, rng: random.Random) -> float:
+    """Full jitter: anything between nothing and the doubled delay."""
+    return rng.uniform(0, min(params.max_delay_s, params.first_delay_s * 2**attempt))
