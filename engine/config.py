@@ -78,19 +78,20 @@ class SearchParams(msgspec.Struct, frozen=True, kw_only=True):
 class ColdParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a search reads a segment that is not in memory, straight from the object store (engine/cold.py).
 
-    n_cells          coarse cells read per query token
+    max_cell_bytes   centroids and posting lists read, those of the best coarse cells first; small segments are read whole
+    max_cell_gets    range requests for posting lists, and as many for centroids; gaps are read through to keep to it
     n_probe          centroids probed per query token, of those that were read
-    n_rerank         documents worth reading records for; those nearby come along and are scored too
-    max_gap_bytes    records this close to each other are read as one window
-    max_windows, max_window_bytes   bounds of what is read of one segment's records, in requests and in bytes
+    n_rerank         documents whose records are wanted; neighbours that come along in the same request are scored too
+    max_windows      range requests for records of one segment
+    max_window_bytes bytes of records read of one segment, more only if the hits wanted need it
     """
 
-    n_cells: int = 2
-    n_probe: int = 32
-    n_rerank: int = 256
-    max_gap_bytes: int = 64 << 10
-    max_windows: int = 14
-    max_window_bytes: int = 5 << 20
+    max_cell_bytes: int = 6 << 20
+    max_cell_gets: int = 4
+    n_probe: int = 128
+    n_rerank: int = 96
+    max_windows: int = 12
+    max_window_bytes: int = 4 << 20
 
 
 class CommitParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,13 +6,45 @@ Stores hold no index logic; `objects.py` speaks to real stores, `cache.py` and `
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from engine.errors import InvalidRequest
+
 Buffer: TypeAlias = bytes | memoryview
 Range: TypeAlias = tuple[int, int]
 """Half-open byte range (start, end), 0 <= start <= end."""
+
+
+_NAME = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9_.=-]*(/[A-Za-z0-9_=-][A-Za-z0-9_.=-]*)*")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name an object in every store, else raise InvalidRequest.
+
+    Parts between slashes are letters, digits and `_ . = -`, and never begin with a dot; so no name is absolute, climbs
+    with '..', needs escaping, or meets the files that a directory store keeps for itself.
+    """
+    if not _NAME.fullmatch(name) or len(name) > 1024:
+        raise InvalidRequest("not the name of an object", name=repr(name)[:140])
+    return name
+
+
+def check_folder(prefix: str) -> str:
+    """Return `prefix` if it names a folder ('' or a name and a slash), else raise InvalidRequest."""
+    if prefix and not (prefix.endswith("/") and _NAME.fullmatch(prefix[:-1])):
+        raise InvalidRequest("a folder ends with a slash", prefix=repr(prefix)[:140])
+    return prefix
+
+
+def same_bytes(one: Buffer, other: Buffer) -> bool:
+    """Whether both hold the same bytes. Compares `bytes` by the MiB: memoryviews are compared one element at a time."""
+    if len(one) != len(other):
+        return False
+    step = 1 << 20
+    return all(bytes(one[at : at + step]) == bytes(other[at : at + step]) for at in range(0, len(one), step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +99,8 @@ class ObjectStore(Protocol):
         """Replace the object if its etag is `etag`; return the new etag. Conflict (`commit-conflict`) if it changed, NotFound if absent.
 
         If the answer was lost but the object now holds exactly `data`, that is success; therefore `data` must contain
-        something unique to this attempt.
+        something unique to this attempt. If ours took effect, its answer was lost, and somebody replaced it again before
+        we looked, that is a Conflict too: whoever must know looks for its own mark in the history of the object.
         """
         ...
 
@@ -81,4 +114,12 @@ class ObjectStore(Protocol):
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete objects; absent ones are no error."""
+        ...
+
+    async def local_path(self, name: str) -> str | None:
+        """Path of a file whose first bytes are the whole object, for mmap or SQLite, or None if there is none. No request.
+
+        Only for objects that never change. The file may be longer than the object (a cache keeps its checksums behind it)
+        and may be deleted at any time: open it at once; what is open stays readable.
+        """
         ...

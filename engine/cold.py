@@ -1,0 +1,251 @@
+"""Searching a quantised segment that is not in memory: two dependent rounds of range reads after CURRENT.
+
+    known from CURRENT    coarse centroids, where each cell's centroids and posting lists lie, their checksums
+    round                 centroids and posting lists of the cells that the query's tokens fall into, and the sizes of all records
+    compute               documents reached, ranked by probing (stage 2 of the cascade, with more probes: there is no stage 3 here)
+    round                 records of the best of them
+    compute               exact scores of those; a centroid that was not read is taken for the coarse centroid of its cell, which costs little,
+                          because a token so far from the query is hardly ever the best answer to one of its tokens
+
+The codec's cells are fetched once for all segments of the codec. What is read here goes through the store's cache like everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_right
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from engine.config import ColdParams, SearchParams
+from engine.format import names
+from engine.format.codec_object import CodecHead, cell_ranges, head_range, read_cells, read_head
+from engine.format.envelope import Section
+from engine.format.manifest import CodecRef, SegmentRef
+from engine.format.records import Records, Sizes, ids_of_records
+from engine.format.segment import QuantisedReader
+from engine.index.parts import Parts, scoring_records
+from engine.scoring.arrays import Decoder, Postings
+from engine.scoring.candidates import choose_candidates, probe, rank_documents
+from engine.scoring.cascade import StageStats
+from engine.scoring.centroid_scores import CentroidScores, score_some_centroids
+from engine.scoring.maxsim import exact_ordinals
+from engine.scoring.topk import top_k
+from engine.store.base import Buffer, Range
+from engine.store.ranges import ReadPolicy, plan_reads
+
+NEGLIGIBLE_GAP_BYTES = 32 << 10
+"""A gap this small is read through even while there are requests left: three documents or so."""
+
+
+@dataclass(frozen=True)
+class CodecCells:
+    """What a query has read of a codec: the cells its tokens fall into, and how to decode."""
+
+    ref: CodecRef
+    cells: np.ndarray
+    codes: np.ndarray
+    centroids: np.ndarray
+    head: CodecHead
+
+    def scores(self, query: np.ndarray) -> CentroidScores:
+        """The centroids that were read, scored; the others are unknown. query float32 (Q, D), not rotated."""
+        return score_some_centroids(query @ self.head.rotation, self.centroids, self.codes, self.ref.n_centroids)
+
+    def completed(self, scores: CentroidScores, query: np.ndarray) -> CentroidScores:
+        """The same, with the coarse centroid of its cell standing in for each centroid that was not read."""
+        if scores.known is None:
+            return scores
+        sizes = np.diff(self.ref.cell_offsets_array())
+        coarse = np.repeat(self.ref.coarse_array() @ query.T, sizes, axis=0)
+        table = scores.table.copy()
+        unknown = ~scores.known
+        table[unknown, : len(query)] = coarse[unknown]
+        return replace(scores, table=table, known=None)
+
+    @property
+    def decoder(self) -> Decoder:
+        head = self.head
+        return Decoder(head.levels, head.inv_table, head.scale_table, self.ref.dim, self.ref.nbits)
+
+
+@dataclass(frozen=True)
+class ColdHits:
+    """The best documents of one segment, best first: ids int64 (n,), scores float32 (n,), ordinals int64 (n,); hit i is records[rows[i]]."""
+
+    ids: np.ndarray
+    scores: np.ndarray
+    ordinals: np.ndarray
+    rows: np.ndarray
+    records: Records
+
+
+def choose_cells(query: np.ndarray, ref: CodecRef, max_cells: int) -> np.ndarray:
+    """The coarse cells worth reading for a query, at most max_cells: int64, ascending.
+
+    A cell counts by its best rank among the cells of any query token, so every token's best comes first, then every token's second.
+    """
+    table = query @ ref.coarse_array().T
+    best_rank = np.argsort(np.argsort(-table, axis=1, kind="stable"), axis=1).min(axis=0)
+    return np.sort(np.lexsort((-table.max(axis=0), best_rank))[:max_cells])
+
+
+def affordable_cells(ref: CodecRef, segments: Sequence[SegmentRef], max_cell_bytes: int) -> int:
+    """How many cells of average size `max_cell_bytes` a segment pays for; the centroids are shared by all segments of the codec."""
+    centroids = ref.section(Section.CENTROIDS).length / max(len(segments), 1)
+    postings = sum(segment.section(Section.POSTINGS).length for segment in segments) / max(len(segments), 1)
+    return max(1, int(max_cell_bytes * ref.n_cells / max(centroids + postings, 1)))
+
+
+async def read_codec_cells(parts: Parts, index: str, ref: CodecRef, cells: np.ndarray, max_gets: int) -> CodecCells:
+    """Fetch the head and some cells of a codec: one round."""
+    name = names.codec(ref.home or index, ref.id)
+    blocks = await read_planned(parts, name, [head_range(ref), *cell_ranges(ref, cells)], _cell_policy(max_gets))
+    head = read_head(ref, blocks[0], name=name)
+    codes, centroids = read_cells(ref, cells, blocks[1:], name=name)
+    return CodecCells(ref, cells, codes, centroids, head)
+
+
+async def read_posting_cells(
+    parts: Parts, index: str, segment: SegmentRef, ref: CodecRef, cells: np.ndarray, max_gets: int
+) -> Postings:
+    """Fetch the posting lists of some cells: one round. Lists of other cells are empty."""
+    reader = parts.quantised_reader(index, segment, ref)
+    blocks = await read_planned(parts, reader.name, reader.posting_ranges(cells), _cell_policy(max_gets))
+    stored = reader.posting_cells(cells, blocks)
+    counts = np.zeros(ref.n_centroids, np.int64)
+    counts[stored.codes] = np.diff(stored.offsets)
+    return Postings(np.concatenate([[0], np.cumsum(counts)]), stored.ordinals)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of neighbouring documents that one request brings: ordinals first to last, half-open."""
+
+    first: int
+    last: int
+
+
+async def search_segment(
+    parts: Parts,
+    index: str,
+    segment: SegmentRef,
+    codec: Awaitable[CodecCells],
+    ref: CodecRef,
+    cells: np.ndarray,
+    query: np.ndarray,
+    params: SearchParams,
+    cold: ColdParams,
+    mask: np.ndarray | None,
+    stats: StageStats,
+) -> ColdHits:
+    """The best k documents of a segment.
+
+    codec  still being read, perhaps: its cells belong to the same round as the posting lists
+    cells  int64, of choose_cells
+    query  float32 (Q, D), not rotated
+    mask   bool (N,) or None: None allows all
+    """
+    postings, sizes, known = await asyncio.gather(
+        read_posting_cells(parts, index, segment, ref, cells, cold.max_cell_gets), parts.sizes(index, segment, ref), codec
+    )
+    began = time.perf_counter()
+    scores, windows = await parts.compute(_plan, known, postings, sizes, query, segment.n_documents, params, cold, mask, stats)
+    stats.add_time("rank", began)
+    ordinals = np.concatenate([np.empty(0, np.int64), *(np.arange(window.first, window.last) for window in windows)])
+    reader = parts.quantised_reader(index, segment, ref)
+    pieces = await parts.read_exactly(reader.name, [window_range(reader, sizes, window) for window in windows])
+    began = time.perf_counter()
+    records = await parts.compute(reader.some_records, ordinals, pieces, sizes)
+    hits = await parts.compute(_score, scores, known.decoder, records, ordinals, params, mask, segment.base, stats)
+    stats.add_time("exact", began)
+    return hits
+
+
+def window_range(reader: QuantisedReader, sizes: Sizes, window: Window) -> Range:
+    """Bytes of a window in the segment's object."""
+    start = reader.ref.section(Section.RECORDS).offset
+    return start + int(sizes.starts[window.first]), start + int(sizes.starts[window.last])
+
+
+def _plan(
+    known: CodecCells,
+    postings: Postings,
+    sizes: Sizes,
+    query: np.ndarray,
+    n_documents: int,
+    params: SearchParams,
+    cold: ColdParams,
+    mask: np.ndarray | None,
+    stats: StageStats,
+) -> tuple[CentroidScores, list[Window]]:
+    """Rank the documents that the cells reach, and choose which records to read."""
+    scores = known.scores(query)
+    probes = probe(scores, max(cold.n_probe, params.n_probe), params.centroid_score_threshold)
+    sums = rank_documents(probes, postings, n_documents)
+    candidates = choose_candidates(sums, max(min(cold.n_rerank, params.n_rerank), params.k), mask)
+    stats.n_candidates += len(candidates)
+    ranked = candidates[np.argsort(-sums[candidates].astype(np.int64), kind="stable")]
+    return known.completed(scores, query), choose_windows(ranked, sizes.starts, cold)
+
+
+def choose_windows(ranked: np.ndarray, starts: np.ndarray, cold: ColdParams) -> list[Window]:
+    """Which runs of records to read for documents ranked best first: int64 ordinals; starts int64 (N + 1,) in bytes.
+
+    Documents are taken in order of rank. Each becomes a window of its own while there are requests left; after that a request is freed by
+    joining the two windows with the least between them (the new one included), as long as max_window_bytes pays for it; a document
+    that cannot be paid for is passed over. Returns windows by ascending ordinal, at least one if there is a document.
+    """
+    windows: list[Window] = []
+    n_bytes = 0
+    for ordinal in ranked.tolist():
+        place = bisect_right(windows, ordinal, key=lambda window: window.first)
+        if place and ordinal < windows[place - 1].last:
+            continue
+        tried = [*windows[:place], Window(ordinal, ordinal + 1), *windows[place:]]
+        price = int(starts[ordinal + 1] - starts[ordinal])
+        gaps = [int(starts[after.first] - starts[before.last]) for before, after in pairwise(tried)]
+        closest = min(range(len(gaps)), key=gaps.__getitem__, default=-1)
+        if closest >= 0 and (len(tried) > cold.max_windows or gaps[closest] <= NEGLIGIBLE_GAP_BYTES):
+            tried[closest : closest + 2] = [Window(tried[closest].first, tried[closest + 1].last)]
+            price += gaps[closest]
+        if windows and n_bytes + price > cold.max_window_bytes:
+            continue
+        windows, n_bytes = tried, n_bytes + price
+    return windows
+
+
+def _score(
+    scores: CentroidScores,
+    decoder: Decoder,
+    records: Records,
+    ordinals: np.ndarray,
+    params: SearchParams,
+    mask: np.ndarray | None,
+    base: int,
+    stats: StageStats,
+) -> ColdHits:
+    """Exact scores of all documents that were read."""
+    rows = np.arange(len(ordinals)) if mask is None else np.flatnonzero(mask[ordinals])
+    ids = ids_of_records(records) + base if len(ordinals) else np.empty(0, np.int64)
+    exact = exact_ordinals(scores, scoring_records(records), decoder, rows)
+    stats.n_reranked += len(rows)
+    stats.n_tokens_scored += int(records.n_tokens[rows].sum())
+    best = top_k(exact, params.k, ids[rows])
+    best = best[np.isfinite(exact[best])]
+    return ColdHits(ids[rows[best]], exact[best], ordinals[rows[best]], rows[best], records)
+
+
+def _cell_policy(max_gets: int) -> ReadPolicy:
+    """Cells lie along a path on which neighbours are alike, so gaps are small and reading through them is cheap."""
+    return ReadPolicy(max_gets=max_gets, max_get_bytes=2 << 20)
+
+
+async def read_planned(parts: Parts, name: str, ranges: Sequence[Range], policy: ReadPolicy) -> list[Buffer]:
+    """The bytes of each range, neighbours joined by `policy`."""
+    plan = plan_reads(ranges, policy)
+    return plan.slice(await parts.read_exactly(name, plan.gets))

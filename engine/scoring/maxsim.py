@@ -1,0 +1,247 @@
+"""Exact MaxSim: over decoded tokens of a quantised segment (stage 4 of the cascade), and brute force over plain vectors.
+
+    score(document) = sum over query tokens q of  max over its tokens t of  inv_t * S[code_t, q] + b_t * (levels[buckets_t] . q)
+
+The first part is a lookup in the query x centroid table, the second a matrix product of unpacked rows. With 32 query tokens on one core the product is
+40 % of the cost per token, so the work around it goes in passes over contiguous arrays that stay in the L2 cache.
+
+Most tokens are never unpacked. ExactScorer does it in two looks: the first takes only the tokens whose centroid is the best of the document for some query
+token (about one in six), which gives a score that is already much better than the centroids'. The second look, for documents that are still promising,
+takes the other tokens whose centroid comes near the *exact* best of the first. rerank.py decides who gets a second look.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.scoring.arrays import Decoder, Records
+from engine.scoring.centroid_scores import CentroidScores
+from engine.scoring.scratch import scratch
+from engine.scoring.selection import QUAD, Selection, best_lanes, select_tokens
+from engine.scoring.unpack import Operand, unpack
+
+SMALL_PRODUCT = 1_000_000
+"""OpenBLAS multiplies without first copying its operands if M·N·K is at most this (interface/gemm.c, small matrix path, AVX-512 machines): 51
+instead of 77 ns a token for 32 query tokens of 128 dimensions, measured. So blocks are multiplied in pieces of that size, in one matmul call."""
+BLOCK_BYTES = 1 << 19
+"""Unpacked floats of one block. Everything that a block needs is then 1 MiB, half of an L2 cache; measured: a quarter, half or double costs 5 % more."""
+FLAT_BLOCK_TOKENS = 2_048
+
+
+class ExactScorer:
+    """Scores documents of one segment for one query. Holds no state between calls but constants; one thread at a time.
+
+    n_tokens_scored counts the tokens unpacked so far.
+    """
+
+    def __init__(self, scores: CentroidScores, records: Records, decoder: Decoder) -> None:
+        self.scores, self.records, self.decoder = scores, records, decoder
+        self.operand = Operand.of(scores.query, decoder)
+        self.n_tokens_scored = 0
+        width = len(scores.query)
+        self._inv = np.repeat(decoder.inv_table[:, None].astype(np.float32), width, axis=1)
+        self._scale = np.repeat(decoder.scale_table[:, None].astype(np.float32), width, axis=1)
+        self._piece = max(16, SMALL_PRODUCT // self.operand.matrix.size // 16 * 16)
+        self._block = self._piece * max(1, BLOCK_BYTES // (4 * max(self.operand.matrix.shape) * self._piece))
+        self._bias = np.repeat(self.operand.bias[None], min(self._block, 4096), axis=0)
+
+    def all_tokens(self, ordinals: np.ndarray) -> np.ndarray:
+        """Best similarity per query token over all (known) tokens: float32 (n, Q), rows of -inf for documents without tokens."""
+        return self._by_length(ordinals)
+
+    def first_look(self, ordinals: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """As all_tokens, over the tokens whose centroid is the document's best for some query token. lanes uint8 (G, n, width) of centroid_maxsim."""
+        return self._by_length(ordinals, self._blind_padding(lanes.copy()))
+
+    def second_look(self, ordinals: np.ndarray, lanes: np.ndarray, best: np.ndarray, spreads: float) -> np.ndarray:
+        """Improve `best`, float32 (n, Q), of a first look by the tokens left out that may plausibly be better.
+
+        spreads  how many residual spreads better than its centroid a token may plausibly be; its spread is its own scale, because levels have unit
+                 variance, times the length of the query token
+        """
+        floors = self._lanes_of(best)
+        more = self._by_length(ordinals, floors, self._blind_padding(lanes.copy()), self._reach(spreads))
+        return np.maximum(best, more)
+
+    def _reach(self, spreads: float) -> np.ndarray:
+        """uint8 (G, 256, width): by scale byte, how many steps a token may be better than its centroid; padding columns 0."""
+        scores = self.scores
+        lengths = np.linalg.norm(scores.query, axis=1)
+        steps = np.outer(self.decoder.scale_table, lengths) * (spreads / scores.step)
+        reach = np.ceil(steps).clip(0, 255).astype(np.uint8)
+        return np.ascontiguousarray(reach.reshape(256, len(scores.lanes), scores.width).transpose(1, 0, 2))
+
+    def _blind_padding(self, lanes: np.ndarray) -> np.ndarray:
+        """Set padding columns to 255, which no lane of a padding column reaches."""
+        used = self.scores.n_tokens - (len(lanes) - 1) * self.scores.width
+        lanes[-1, :, used:] = 255
+        return lanes
+
+    def _lanes_of(self, similarities: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, Q) upwards to lanes uint8 (G, n, width), padding columns 255."""
+        scores = self.scores
+        n_groups, width = len(scores.lanes), scores.width
+        lanes = np.full((len(similarities), n_groups * width), 255, dtype=np.uint8)
+        steps = np.ceil((similarities - np.float32(scores.low)) * np.float32(1 / scores.step))
+        lanes[:, : scores.n_tokens] = np.clip(steps, 0, 255)
+        return np.ascontiguousarray(lanes.reshape(-1, n_groups, width).transpose(1, 0, 2))
+
+    def _by_length(
+        self, ordinals: np.ndarray, floors: np.ndarray | None = None, below: np.ndarray | None = None, reach: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Select and score with documents in falling length, as select_tokens likes them; answer in the caller's order."""
+        order = np.argsort(-self.records.n_tokens[ordinals], kind="stable")
+        selection = select_tokens(
+            self.scores,
+            self.records,
+            ordinals[order],
+            None if floors is None else floors[:, order],
+            None if below is None else below[:, order],
+            reach,
+        )
+        self.n_tokens_scored += selection.n_tokens
+        best = np.full((len(ordinals), self.scores.n_tokens), -np.inf, dtype=np.float32)
+        full = np.flatnonzero(selection.counts)
+        if len(full):
+            folded = self._folded(selection)
+            counts = selection.counts[full] // QUAD
+            best[order[full]] = np.maximum.reduceat(folded, np.cumsum(counts) - counts, axis=0)[:, : self.scores.n_tokens]
+        return best
+
+    def _folded(self, selection: Selection) -> np.ndarray:
+        """Similarities of selected tokens with every QUAD of them folded into its maximum: float32 (t / QUAD, W) in scratch memory.
+
+        Folding costs 5 ns a token while the block is in the cache; leaving all to maximum.reduceat costs 32.
+        """
+        n, width = len(selection.codes), self.scores.table.shape[1]
+        out = scratch("maxsim.folded", (n // QUAD, width), np.float32)
+        for first in range(0, n, self._block):
+            part = slice(first, min(n, first + self._block))
+            quads = self._similarities(selection, part).reshape(-1, QUAD * width)
+            np.maximum(quads[:, : 2 * width], quads[:, 2 * width :], out=quads[:, : 2 * width])
+            np.maximum(quads[:, :width], quads[:, width : 2 * width], out=out[part.start // QUAD : part.stop // QUAD])
+        return out
+
+    def similarities(self, selection: Selection) -> np.ndarray:
+        """Similarity of each selected token to every query token: float32 (t, W)."""
+        n = len(selection.codes)
+        out = np.empty((n, self.scores.table.shape[1]), dtype=np.float32)
+        for first in range(0, n, self._block):
+            part = slice(first, min(n, first + self._block))
+            out[part] = self._similarities(selection, part)
+        return out
+
+    def _similarities(self, selection: Selection, part: slice) -> np.ndarray:
+        """Similarities of one block of a selection: float32 (block, W) in scratch memory."""
+        unpacked = unpack(self.records.rows, selection.rows[part], self.decoder)
+        out = scratch("maxsim.similarities", (len(unpacked), self.operand.matrix.shape[1]), np.float32)
+        _multiply(unpacked, self.operand.matrix, self._piece, out)
+        self._finish(selection.scalars[part], selection.codes[part], out)
+        return out
+
+    def _finish(self, scalar_rows: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+        """out = scale * (out + bias) + inv * table[code], in place.
+
+        Per-token factors are gathered as rows as wide as the block and multiplied contiguously: half of what broadcasting a column costs.
+        """
+        pairs = np.take(self.records.scalars, scalar_rows, axis=0, mode="clip")
+        factor = scratch("maxsim.factor", out.shape, np.float32)
+        centroid_part = scratch("maxsim.centroid_part", out.shape, np.float32)
+        for first in range(0, len(out), len(self._bias)):
+            part = out[first : first + len(self._bias)]
+            np.add(part, self._bias[: len(part)], out=part)
+        np.take(self._scale, pairs[:, 1], axis=0, out=factor, mode="clip")
+        np.multiply(out, factor, out=out)
+        np.take(self.scores.table, codes, axis=0, out=centroid_part, mode="clip")
+        np.take(self._inv, pairs[:, 0], axis=0, out=factor, mode="clip")
+        np.multiply(centroid_part, factor, out=centroid_part)
+        np.add(out, centroid_part, out=out)
+
+
+def _multiply(unpacked: np.ndarray, matrix: np.ndarray, piece: int, out: np.ndarray) -> None:
+    """out = unpacked @ matrix, in pieces of SMALL_PRODUCT, all but the last in one call."""
+    n = len(unpacked)
+    whole = n // piece * piece
+    if whole:
+        pieces = unpacked[:whole].reshape(-1, piece, unpacked.shape[1])
+        np.matmul(pieces, matrix, out=out[:whole].reshape(-1, piece, matrix.shape[1]))
+    if whole < n:
+        np.matmul(unpacked[whole:], matrix, out=out[whole:])
+
+
+def exact_ordinals(
+    scores: CentroidScores, records: Records, decoder: Decoder, ordinals: np.ndarray, spreads: float | None = None
+) -> np.ndarray:
+    """Score the given documents exactly: float32 (n,), aligned with ordinals; -inf for a document without (known) tokens.
+
+    Where scores.known is set, tokens of unknown codes are left out. `spreads` leaves out tokens as ExactScorer's two looks do; None scores all.
+    """
+    scorer = ExactScorer(scores, records, decoder)
+    if spreads is None:
+        return scorer.all_tokens(ordinals).sum(axis=1)
+    lanes = best_lanes(scores, records, ordinals)
+    return scorer.second_look(ordinals, lanes, scorer.first_look(ordinals, lanes), spreads).sum(axis=1)
+
+
+def best_tokens(scores: CentroidScores, records: Records, decoder: Decoder, ordinal: int) -> tuple[np.ndarray, np.ndarray]:
+    """For explaining a hit: which token of the document answered each query token.
+
+    returns  position in the document int64 (Q,), similarity float32 (Q,); ties go to the earlier token. The similarities add up to the score.
+    Raises InvalidRequest for a document without (known) tokens.
+    """
+    selection = select_tokens(scores, records, np.array([ordinal]))
+    if selection.n_tokens == 0:
+        raise InvalidRequest("the document has no tokens to explain", ordinal=ordinal)
+    similarities = ExactScorer(scores, records, decoder).similarities(selection)[: selection.n_tokens, : scores.n_tokens]
+    winners = similarities.argmax(axis=0)
+    return selection.rows[winners] - records.residual_start[ordinal], similarities[winners, np.arange(scores.n_tokens)].copy()
+
+
+def maxsim(query: np.ndarray, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Score documents by MaxSim: every query token finds its best document token; the bests are summed. Brute force, for flat segments.
+
+    query    float32 (Q, D), used as given
+    tokens   float16 or float32 (T, D), the tokens of all documents, end to end
+    offsets  int64 (N + 1,), document n owns tokens[offsets[n]:offsets[n + 1]]
+    returns  float32 (N,); a document without tokens scores -inf
+
+    Cost: Q·T·D multiply-adds; float16 is widened block by block, which costs as much again. Scratch memory: a block of tokens or the longest
+    document, whichever is more. Raises InvalidRequest if the dimensions differ.
+    Source: Khattab and Zaharia 2020, ColBERT, late interaction (arXiv 2004.12832).
+    """
+    n_query, dim = query.shape
+    if tokens.shape[1] != dim:
+        raise InvalidRequest("query and documents have different dimensions", code="dimension-mismatch", query=dim, documents=tokens.shape[1])
+    width = -(-n_query // 16) * 16
+    matrix = np.zeros((dim, width), dtype=np.float32)
+    matrix[:, :n_query] = query.T
+    piece = max(16, SMALL_PRODUCT // (dim * width) // 16 * 16)
+    counts = np.diff(offsets)
+    result = np.full(len(counts), -np.inf, dtype=np.float32)
+    for first, last in _runs(offsets, FLAT_BLOCK_TOKENS):
+        begin, end = int(offsets[first]), int(offsets[last])
+        full = first + np.flatnonzero(counts[first:last])
+        if not len(full):
+            continue
+        block = tokens[begin:end]
+        if block.dtype != np.float32:
+            widened = scratch("maxsim.widened", block.shape, np.float32)
+            np.copyto(widened, block)
+            block = widened
+        similarities = scratch("maxsim.flat", (end - begin, width), np.float32)
+        _multiply(block, matrix, piece, similarities)
+        best = np.maximum.reduceat(similarities, offsets[full] - begin, axis=0)
+        result[full] = best[:, :n_query].sum(axis=1, dtype=np.float32)
+    return result
+
+
+def _runs(offsets: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Cut documents into runs of at most `limit` tokens (a longer document alone): half-open index pairs."""
+    n = len(offsets) - 1
+    runs, first = [], 0
+    while first < n:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + limit, side="right")) - 1)
+        runs.append((first, min(last, n)))
+        first = last
+    return runs

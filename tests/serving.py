@@ -1,0 +1,75 @@
+"""A server of ours in a process of its own, for tests that need real sockets, signals or two of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from handler.runtime import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+_CODE = "import sys; from handler.runtime import Settings; from handler.server import serve; s = Settings.from_environment(); sys.exit(serve(s.host, s.port, s, s.workers))"
+START_S = 40.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Served:
+    """A running server. `log` holds its output once it has ended."""
+
+    def __init__(self, environment: dict[str, str], **settings: Any) -> None:
+        self.settings = Settings(**{"host": "127.0.0.1", "port": free_port(), "drain_s": 0.0, "compact": False, "fsync": False, **settings})
+        self.url = f"http://127.0.0.1:{self.settings.port}"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TARTAN_"))}
+        own = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.settings.to_environment(), **environment}
+        command = [sys.executable, "-W", "error", "-c", _CODE]
+        self.process = subprocess.Popen(
+            command, env={**inherited, **own}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.log = ""
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.05)
+        self.end(signal.SIGKILL)
+        raise AssertionError(f"the server did not start:\n{self.log}")
+
+    def end(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
+        """Send a signal, wait, and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            self.log += self.process.communicate(timeout=timeout_s)[0] or ""
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def serving(environment: dict[str, str] | None = None, **settings: Any) -> Iterator[Served]:
+    """A server for the time of the block."""
+    server = Served(environment or {}, **settings)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.end()

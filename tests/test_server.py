@@ -1,0 +1,190 @@
+"""The server as a process: draining, workers, background compaction, two of them on one directory, and its description held against it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from serving import serving
+
+from engine.config import MaintenanceParams
+from engine.store.objects import open_store
+from handler.app import create_app
+from handler.runtime import Runtime, Settings
+from handler.server import Maintenance, maintain
+
+DIM = 8
+
+
+def add(client: httpx.Client, name: str, n: int, seed: int = 0) -> httpx.Response:
+    matrices = np.random.default_rng(seed).standard_normal((n, 4, DIM)).round(3).tolist()
+    body = {"documents": [{"embeddings": matrix} for matrix in matrices], "metadata": [{"n": i} for i in range(n)]}
+    return client.post(f"/indices/{name}/update", json=body)
+
+
+def test_sigterm_turns_health_first_finishes_what_is_in_flight_and_exits_with_zero(tmp_path: Path) -> None:
+    with serving(index_dir=str(tmp_path), drain_s=1.0) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        assert client.get("/health").status_code == 200
+        arrived = threading.Event()
+        late: list[int] = []
+
+        def body() -> Any:
+            yield b'{"name": '
+            arrived.set()
+            time.sleep(2.0)  # still sending when the server has stopped listening
+            yield b'"late"}'
+
+        def create() -> None:
+            late.append(
+                httpx.post(f"{server.url}/indices", content=body(), headers={"content-type": "application/json"}, timeout=30).status_code
+            )
+
+        thread = threading.Thread(target=create)
+        thread.start()
+        assert arrived.wait(10)
+        os.kill(server.process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while (status := client.get("/health").status_code) == 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert status == 503
+        assert client.get("/indices").status_code == 200
+        thread.join(20)
+        assert late == [200]
+        assert server.process.wait(20) == 0
+    assert (tmp_path / "late" / "CURRENT").exists()
+
+
+def test_two_servers_on_one_directory_see_each_others_acknowledged_writes(tmp_path: Path) -> None:
+    """The second server has two workers, so that its answers come from three processes in all."""
+    with serving(index_dir=str(tmp_path)) as one, serving(index_dir=str(tmp_path), workers=2) as two:
+        with httpx.Client(base_url=one.url, timeout=30) as first, httpx.Client(base_url=two.url, timeout=30) as second:
+            assert second.post("/indices", json={"name": "a"}).status_code == 200
+            expected = 0
+            for step in range(6):
+                writer, reader = (first, second) if step % 2 else (second, first)
+                assert add(writer, "a", 3, seed=step).status_code == 202
+                expected += 3
+                for _ in range(3):
+                    fresh = httpx.get(f"{reader.base_url}indices/a", timeout=30)
+                    assert fresh.json()["num_documents"] == expected
+                gone = reader.request("DELETE", "/indices/a/documents", json={"condition": "_subset_ = ?", "parameters": [step * 3]})
+                assert "queued" in gone.json()
+                expected -= 1
+                assert writer.post("/indices/a/metadata/query", json={"condition": "1=1"}).json()["count"] == expected
+            text = second.get("/metrics").text
+            assert 'tartan_requests_total{endpoint="get_index",status="200"} 9.0' in text  # both workers' counts, whoever answers
+            assert first.delete("/indices/a").json()["deleted"] is True
+            assert second.get("/indices/a").status_code == 404
+
+
+def test_the_server_compacts_in_the_background_and_hits_stay_the_same(tmp_path: Path) -> None:
+    with serving(index_dir=str(tmp_path), compact=True, maintenance_interval_s=0.5) as server:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            client.post("/indices", json={"name": "a"})
+            for seed in range(34):  # more flat segments than are left alone
+                assert add(client, "a", 2, seed=seed).status_code == 202
+            query = {"queries": [{"embeddings": np.random.default_rng(5).standard_normal((4, DIM)).tolist()}], "params": {"top_k": 5}}
+            before = client.post("/indices/a/search", json=query).json()["results"][0]
+            deadline = time.monotonic() + 25
+            while time.monotonic() < deadline:
+                causes = [line["cause"] for line in client.get("/indices/a/generations").json()["generations"]]
+                if not causes[0].startswith("add"):
+                    break
+                time.sleep(0.2)
+            assert not causes[0].startswith("add"), causes[:3]
+            after = client.post("/indices/a/search", json=query).json()["results"][0]
+            assert after["document_ids"] == before["document_ids"]
+            assert np.allclose(after["scores"], before["scores"], atol=1e-3)
+            assert 'tartan_maintenance_runs_total{outcome="done"}' in client.get("/metrics").text
+    lines = [json.loads(line) for line in server.log.splitlines() if '"maintained"' in line]
+    assert lines[0]["verb"] == "compact"
+
+
+async def test_one_worker_of_a_host_maintains(tmp_path: Path) -> None:
+    runtime = Runtime(Settings(log_level="off"), store=open_store("memory://"))
+    first, second = (Maintenance(runtime, str(tmp_path / "lock")) for _ in range(2))
+    assert first._holds_lock()
+    assert not second._holds_lock()
+    assert first._holds_lock()
+
+
+async def test_maintenance_folds_and_sweeps(tmp_path: Path) -> None:
+    runtime = Runtime(Settings(log_level="off", search_threads=1), store=open_store("memory://"))
+    runtime.maintenance = MaintenanceParams(min_quantise_documents=16, max_flat_tokens=16)
+    transport = httpx.ASGITransport(create_app(runtime=runtime))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as api:
+        await api.post("/indices", json={"name": "a"})
+        matrices = np.random.default_rng(0).standard_normal((64, 8, DIM)).tolist()
+        await api.post("/indices/a/update", json={"documents": [{"embeddings": matrix} for matrix in matrices]})
+        await maintain(runtime, "a", "sweep")
+        info = (await api.get("/indices/a")).json()
+        assert (info["num_documents"], info["num_embeddings"]) == (64, 512)
+        assert info["num_partitions"] > 0
+        found = await api.post("/indices/a/search", json={"queries": [{"embeddings": matrices[9]}], "params": {"top_k": 1}})
+        assert found.json()["results"][0]["document_ids"] == [9]
+        recall = (await api.post("/indices/a/recall", json={"n_queries": 8, "top_k": 5})).json()
+        assert recall["recall"] > 0.9
+        lines = (await api.get("/indices/a/export")).text.splitlines()
+        assert [json.loads(line)["document_id"] for line in sorted(lines, key=lambda line: json.loads(line)["document_id"])] == list(
+            range(64)
+        )
+    await maintain(runtime, "gone", "compact")
+
+
+class _Quiet:
+    """The application for schemathesis: an index that holds documents, in memory, with the built-in encoder."""
+
+    def __init__(self) -> None:
+        runtime = Runtime(Settings(log_level="off", search_threads=1, model="hashing", timeout_s=20), store=open_store("memory://"))
+        self.app = create_app(runtime=runtime)
+        asyncio.run(self._fill())
+
+    async def _fill(self) -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://server") as api:  # type: ignore[arg-type]
+            await api.post("/indices", json={"name": "papers"})
+            body = {"documents": ["warp", "weft", "loom"], "metadata": [{"title": "t", "year": year} for year in (2019, 2021, 2023)]}
+            assert (await api.post("/indices/papers/update_with_encoding", json=body)).status_code == 202
+
+
+CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
+
+
+def test_the_description_holds_against_generated_requests() -> None:
+    """Whatever a client sends: no failure of ours, and no status, type or body that the description does not list."""
+    schema = schemathesis.openapi.from_asgi("/api-docs/openapi.json", _Quiet().app)
+    bounded = settings(
+        max_examples=6,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    n_operations = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        if operation.path == "/swagger-ui/{file}":
+            continue
+        n_operations += 1
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+
+            @bounded
+            def one(case: Any) -> None:
+                case.call_and_validate(checks=CHECKS)
+
+            from hypothesis import given
+
+            given(case=operation.as_strategy(generation_mode=mode))(one)()
+    assert n_operations > 35

@@ -1,0 +1,167 @@
+"""The wire: strict structures, vectors in both forms, and the one translation of NextPlaid's parameters."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import MAX_QUERY_TOKENS
+from engine.errors import InvalidRequest
+from handler import wire
+from handler.problems import STATUSES, Problem, problem_of
+
+
+def packed(values: Any, dtype: str = "<f4") -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
+
+
+def refused(code: str, item: wire.Vectors) -> str:
+    with pytest.raises(Problem) as caught:
+        wire.matrix(item, "document 0")
+    assert caught.value.code == code
+    return caught.value.message
+
+
+def test_both_forms_of_a_matrix_give_the_same_values() -> None:
+    values = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    from_lists = wire.matrix(wire.Vectors(embeddings=values.tolist()), "x")
+    from_base64 = wire.matrix(wire.Vectors(embeddings_b64=packed(values), shape=(7, 5)), "x")
+    assert np.array_equal(from_lists, values)
+    assert np.array_equal(from_base64, values)
+
+
+def test_half_precision_is_an_extension_of_the_base64_form() -> None:
+    values = np.random.default_rng(2).standard_normal((3, 4)).astype(np.float16)
+    item = wire.read_body(wire.encode({"embeddings_b64": packed(values, "<f2"), "shape": [3, 4], "dtype": "float16"}), wire.Vectors)
+    assert np.array_equal(wire.matrix(item, "x"), values)
+
+
+def test_base64_with_shape_wins_and_without_shape_falls_back_to_the_lists() -> None:
+    both = wire.Vectors(embeddings=[[9.0]], embeddings_b64=packed([[1.0, 2.0]]), shape=(1, 2))
+    assert wire.matrix(both, "x").tolist() == [[1.0, 2.0]]
+    no_shape = wire.Vectors(embeddings=[[9.0]], embeddings_b64=packed([[1.0, 2.0]]))
+    assert wire.matrix(no_shape, "x").tolist() == [[9.0]]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        wire.Vectors(),
+        wire.Vectors(embeddings=[]),
+        wire.Vectors(embeddings=[[]]),
+        wire.Vectors(embeddings=[[1.0, 2.0], [3.0]]),
+        wire.Vectors(embeddings=[[1e300]]),
+        wire.Vectors(embeddings_b64="AAAA"),
+        wire.Vectors(embeddings_b64="AAAA", shape=(1, 1)),
+        wire.Vectors(embeddings_b64="!!!!!!!!", shape=(1, 1)),
+        wire.Vectors(embeddings_b64="éééééééé", shape=(1, 1)),
+        wire.Vectors(embeddings_b64=packed([[1.0]]).replace("=", "A"), shape=(1, 1)),
+        wire.Vectors(embeddings_b64="", shape=(0, 4)),
+        wire.Vectors(embeddings_b64="", shape=(4, 0)),
+        wire.Vectors(embeddings_b64=packed([[np.nan]]), shape=(1, 1)),
+        wire.Vectors(embeddings_b64=packed([[np.inf, 1.0]]), shape=(1, 2)),
+        wire.Vectors(embeddings_b64=packed([[np.inf, -np.inf]]), shape=(1, 2)),
+        wire.Vectors(embeddings_b64="AAAA", shape=(2**62, 2)),
+        wire.Vectors(embeddings_b64="AAAA", shape=(70_000, 1)),
+        wire.Vectors(embeddings_b64="AAAA", shape=(1, 10**6)),
+    ],
+)
+def test_a_matrix_that_is_none_is_a_bad_request(item: wire.Vectors) -> None:
+    assert refused("BAD_REQUEST", item).startswith("document 0")
+
+
+def test_large_finite_values_whose_sum_overflows_are_not_refused() -> None:
+    values = np.full((1, 8), 3e38, np.float32)
+    assert np.array_equal(wire.matrix(wire.Vectors(embeddings_b64=packed(values), shape=(1, 8)), "x"), values)
+
+
+def test_queries_have_a_bound_of_their_own() -> None:
+    rows = [[0.0]] * (MAX_QUERY_TOKENS + 1)
+    with pytest.raises(Problem):
+        wire.query_matrices([wire.Vectors(embeddings=rows)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status"),
+    [
+        (wire.SearchRequest, b'{"params": {"top_k": "3"}}', 422),
+        (wire.SearchRequest, b'{"params": {"top_k": 3.0}}', 422),
+        (wire.SearchRequest, b'{"params": {"top_k": -1}}', 422),
+        (wire.SearchRequest, b'{"params": {"top_k": 18446744073709551616}}', 422),
+        (wire.SearchRequest, b'{"params": null}', 422),
+        (wire.SearchRequest, b'{"subset": [1.5]}', 422),
+        (wire.SearchRequest, b'{"queries": [{"embeddings": [["1"]]}]}', 422),
+        (wire.FilteredSearchRequest, b'{"queries": []}', 422),
+        (wire.CreateRequest, b'{"name": "a", "config": null}', 422),
+        (wire.CreateRequest, b"{}", 422),
+        (wire.CreateRequest, b"[]", 422),
+        (wire.UpdateRequest, b'{"documents": [], "metadata": null}', 422),
+        (wire.UpdateRequest, b'{"documents": [{"embeddings_b64": "", "shape": [1]}]}', 422),
+        (wire.EncodeRequest, b'{"texts": ["a"], "input_type": "Query"}', 422),
+        (wire.CreateRequest, b'{"name": "a"', 400),
+        (wire.CreateRequest, b"", 400),
+        (wire.CreateRequest, b'{"name": "\xff"}', 400),
+        (wire.SearchRequest, b'{"alpha": NaN}', 400),
+        (wire.MetadataUpdateRequest, b'{"condition": "a", "updates": ' + b"[" * 100_000, 400),
+    ],
+)
+def test_bodies_are_read_strictly(kind: type, body: bytes, status: int) -> None:
+    with pytest.raises(Problem) as caught:
+        wire.read_body(body, kind)
+    assert caught.value.status == status
+
+
+def test_unknown_keys_and_null_options_are_no_error() -> None:
+    body = wire.read_body(b'{"queries": null, "subset": null, "nonsense": 1, "params": {"top_k": null, "x": 2}}', wire.SearchRequest)
+    assert body.queries is None
+    assert body.params.top_k is None
+
+
+def test_n_full_scores_is_translated_once_and_keeps_the_peers_meaning() -> None:
+    params = wire.search_params(wire.Params(), 10**6)
+    assert (params.k, params.n_probe, params.n_candidates, params.n_rerank) == (10, 8, 4096, 1024)
+    assert params.centroid_score_threshold is None
+    few = wire.search_params(wire.Params(top_k=100, n_full_scores=200, n_ivf_probe=0), 10**6)
+    assert (few.k, few.n_probe, few.n_candidates, few.n_rerank) == (100, 1, 200, 100)
+    assert wire.search_params(wire.Params(top_k=100, n_full_scores=50), 10**6).k == 50
+    assert wire.search_params(wire.Params(top_k=2**62, n_full_scores=2**62), 7).k == 7
+    assert wire.search_params(wire.Params(top_k=0), 7).k == 0
+
+
+def test_metadata_that_was_read_before_can_be_sent_again() -> None:
+    assert wire.metadata_rows([{"_subset_": 3, "a": 1}], 1) == [{"a": 1}]
+    for rows in ([1], [None], [[]], [{}, {}]):
+        with pytest.raises(Problem):
+            wire.metadata_rows(rows, 1)
+
+
+def test_times_need_a_zone() -> None:
+    assert wire.parse_time("2026-11-23T08:00:00Z") == wire.parse_time("2026-11-23T09:00:00+01:00")
+    for text in ("2026-11-23T08:00:00", "yesterday", ""):
+        with pytest.raises(Problem):
+            wire.parse_time(text)
+
+
+def test_a_programming_mistake_tells_the_client_nothing() -> None:
+    problem = problem_of(KeyError("secret"))
+    assert (problem.status, problem.code) == (500, "INTERNAL_ERROR")
+    assert "secret" not in problem.body().decode()
+
+
+def test_error_bodies_are_objects_with_code_and_message() -> None:
+    for code in STATUSES:
+        body = wire.read_body(Problem(code, "words").body(), dict[str, Any])
+        assert body["code"] == code
+        assert isinstance(body["message"], str)
+        assert set(body) == {"code", "message"} | ({"retry_after_seconds"} if code == "RATE_LIMITED" else set())
+
+
+def test_index_configuration_is_checked_when_it_is_declared() -> None:
+    assert wire.index_config(wire.CreateConfig(), 999).start_from_scratch == 999
+    assert wire.index_config(wire.CreateConfig(start_from_scratch=5), 999).start_from_scratch == 5
+    for config in (wire.CreateConfig(nbits=3), wire.CreateConfig(max_documents=0), wire.CreateConfig(fts_tokenizer="porter")):
+        with pytest.raises(InvalidRequest):
+            wire.index_config(config, 999)
