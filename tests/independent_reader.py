@@ -146,6 +146,37 @@ def record(section: bytes, start: int, size: int, ordinal: int, codec: dict[str,
     }
 
 
+def posting_lists(block: bytes, n_codes: int) -> list[list[int]]:
+    """FORMAT.md, postings: the ordinals of each code of one block."""
+    if not n_codes:
+        assert not block
+        return []
+    (n_postings,) = struct.unpack_from("<I", block)
+    heads = block[4 : 4 + n_codes + n_postings]
+    tails = 4 + len(heads)
+    longs = tails + sum(240 <= head <= 254 for head in heads)
+    numbers = []
+    for head in heads:
+        if head < 240:
+            numbers.append(head)
+        elif head < 255:
+            numbers.append(240 + 256 * (head - 240) + block[tails])
+            tails += 1
+        else:
+            numbers.append(4080 + struct.unpack_from("<H", block, longs)[0])
+            longs += 2
+    assert longs == len(block)
+    gaps = iter(numbers[n_codes:])
+    lists = []
+    for count in numbers[:n_codes]:
+        ordinals: list[int] = []
+        for _ in range(count):
+            ordinals.append((ordinals[-1] if ordinals else -1) + 1 + next(gaps))
+        lists.append(ordinals)
+    assert next(gaps, None) is None
+    return lists
+
+
 def quantised(data: bytes, codec: dict[str, Any], base: int) -> dict[str, Any]:
     """FORMAT.md, Quantised segment."""
     kind, sections = frame(data)
@@ -163,12 +194,7 @@ def quantised(data: bytes, codec: dict[str, Any], base: int) -> dict[str, Any]:
     for cell in range(len(cells) - 1):
         block = sections[8][block_at[cell] : block_at[cell + 1]]
         assert xxhash.xxh3_64_intdigest(block) == checksums[cell]
-        n_codes = cells[cell + 1] - cells[cell]
-        at = 4 * n_codes
-        for count in struct.unpack_from(f"<{n_codes}I", block):
-            postings.append(list(struct.unpack_from(f"<{count}H", block, at)))
-            at += 2 * count
-        assert len(block) == (at + 3) // 4 * 4
+        postings += posting_lists(block, cells[cell + 1] - cells[cell])
     return {
         "ids": [base + number for number in ids],
         "codes": [record["codes"] for record in records],

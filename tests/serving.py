@@ -18,7 +18,14 @@ import httpx
 from handler.runtime import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-_CODE = "import sys; from handler.runtime import Settings; from handler.server import serve; s = Settings.from_environment(); sys.exit(serve(s.host, s.port, s, s.workers))"
+_CODE = """
+import sys
+from handler.runtime import Settings
+from handler.server import serve
+
+settings = Settings.from_environment()
+sys.exit(serve(settings.host, settings.port, settings, settings.workers))
+"""
 START_S = 40.0
 
 
@@ -62,6 +69,19 @@ class Served:
             self.process.kill()
             raise
         return self.process.returncode
+
+
+@contextlib.contextmanager
+def all_serving(*settings: dict[str, Any]) -> Iterator[list[Served]]:
+    """Several servers, which start side by side."""
+    servers = [Served({}, **own) for own in settings]
+    try:
+        for server in servers:
+            server.wait_until_ready()
+        yield servers
+    finally:
+        for server in servers:
+            server.end()
 
 
 @contextlib.contextmanager

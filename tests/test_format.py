@@ -285,6 +285,62 @@ def test_postings_are_the_pairs_of_code_and_document(library: Library) -> None:
     assert by_code == [[n for n, codes in enumerate(of_document) if code in codes] for code in range(16)]
 
 
+def test_gaps_of_every_width_are_stored_as_format_md_says() -> None:
+    """The example of FORMAT.md, and the borders between heads alone, heads with tails and heads with longs."""
+    block = example_block()
+    assert one_list([0, 240, 736, 4817, 8898]) == block
+    assert independent_reader.posting_lists(block, 1) == [[0, 240, 736, 4817, 8898]]
+    for first in (0, 239, 240, 495, 496, 4079, 4080, 65_534):
+        ordinals = [first, 65_535]
+        written = one_list(ordinals)
+        assert independent_reader.posting_lists(written, 1) == [ordinals]
+        assert read_one(written, 65_536).ordinals.tolist() == ordinals
+
+
+def example_block() -> bytes:
+    found = re.search(r"the block is\n`([0-9a-f ]+)`", FORMAT_MD)
+    assert found is not None
+    return bytes.fromhex(found.group(1))
+
+
+def one_list(ordinals: list[int]) -> bytes:
+    """The block of a cell with one code."""
+    lists = postings.Postings(np.arange(1), np.array([0, len(ordinals)]), np.array(ordinals, np.uint16))
+    return postings.write_postings(lists, np.array([0, 1]))[0].tobytes()
+
+
+def read_one(block: bytes, n_documents: int, n_codes: int = 1) -> postings.Postings:
+    return postings.read_postings(block, np.array([0, len(block)]), np.array([0, n_codes]), n_documents, name="x")
+
+
+@pytest.mark.parametrize(("n_documents", "n_codes", "density"), [(300, 40, 0.5), (5000, 64, 0.03), (65_536, 9, 0.001), (65_536, 5, 0.3)])
+def test_independent_reader_and_engine_read_the_same_lists(n_documents: int, n_codes: int, density: float) -> None:
+    rng = np.random.default_rng(n_documents)
+    lists = [np.flatnonzero(rng.random(n_documents) < density * rng.random()) for _ in range(n_codes)]
+    cell_offsets = np.array([0, n_codes // 2, n_codes // 2, n_codes])
+    offsets = np.cumsum([0, *map(len, lists)])
+    written = postings.Postings(np.arange(n_codes), offsets, np.concatenate(lists).astype(np.uint16))
+    section, cells, _ = postings.write_postings(written, cell_offsets)
+    at = np.frombuffer(cells, "<u4").astype(np.int64)
+    found = postings.read_postings(section.data, at, cell_offsets, n_documents, name="x")
+    assert (found.codes.dtype, found.offsets.dtype, found.ordinals.dtype) == (np.int64, np.int64, np.uint16)
+    assert np.array_equal(found.codes, written.codes)
+    assert np.array_equal(found.offsets, written.offsets)
+    assert np.array_equal(found.ordinals, written.ordinals)
+    blocks = [section[start:end].tobytes() for start, end in itertools.pairwise(at)]
+    plain = [own for block, n in zip(blocks, np.diff(cell_offsets), strict=True) for own in independent_reader.posting_lists(block, n)]
+    assert plain == [own.tolist() for own in lists]
+
+
+def test_postings_of_documents_by_topic_cost_little_more_than_a_byte() -> None:
+    """Budget: 1.15 bytes a posting where half of the gaps are below 26 and one in ten above 252, as on arXiv; counts included."""
+    rng = np.random.default_rng(0)
+    gaps = np.exp(rng.normal(np.log(26), 1.77, (200, 100))).astype(np.int64).clip(max=600)
+    lists = postings.Postings(np.arange(200), np.arange(201) * 100, (np.cumsum(gaps + 1, axis=1) - 1).astype(np.uint16).ravel())
+    section, _, _ = postings.write_postings(lists, np.array([0, 100, 200]))
+    assert len(section) < 1.15 * gaps.size
+
+
 def test_posting_cells_are_the_same_lists_as_the_whole(library: Library) -> None:
     whole = library.reader.postings(library.section(Section.POSTINGS))
     cells = [3, 0, 1]
@@ -466,7 +522,15 @@ BROKEN: dict[str, Callable[[Library], dict[str, Any]]] = {
     "codec checksums": lambda lib: {"codecs": (REPLACE(lib.codec_ref, centroid_checksums=b""),)},
     "codec centroids": lambda lib: {"codecs": (REPLACE(lib.codec_ref, n_centroids=17),)},
     "codec section": lambda lib: {"codecs": (REPLACE(lib.codec_ref, sections=lib.codec_ref.sections[:-1]),)},
+    "cell too small for its codes": lambda lib: {"segments": (with_cells(lib.quantised.ref, 6),)},
 }
+
+
+def with_cells(ref: manifest.SegmentRef, first_end: int) -> manifest.SegmentRef:
+    """The segment with a first posting cell that ends elsewhere, and an empty second one."""
+    return REPLACE(ref, posting_cells=struct.pack("<3I", 0, first_end, first_end) + ref.posting_cells[12:])
+
+
 BROKEN_FLAT: dict[str, dict[str, Any]] = {
     "id": {"id": "x"},
     "home": {"home": "../other"},
@@ -822,6 +886,50 @@ def test_damaged_or_swapped_cell_is_noticed_by_a_cold_read(library: Library) -> 
                     read([*pieces[:i], damaged, *pieces[i + 1 :]])
 
 
+SOUND_BLOCK = one_list([0, 240, 736, 4817, 8898])
+FORGED_BLOCKS: dict[str, tuple[bytes, int, int]] = {  # bytes, documents of the segment, codes of the cell
+    "beyond the last document": (SOUND_BLOCK, 8898, 1),
+    "fewer postings than counted": (b"\1\0\0\0" + b"\2\0", 9, 1),
+    "more postings than counted": (b"\2\0\0\0" + b"\1\0\0", 9, 1),
+    "longer than it says": (SOUND_BLOCK + b"\0", 8899, 1),
+    "shorter than it says": (SOUND_BLOCK[:-1], 8899, 1),
+    "without its last long": (SOUND_BLOCK[:-2], 8899, 1),
+    "cut in its heads": (SOUND_BLOCK[:7], 8899, 1),
+    "cut in its length": (SOUND_BLOCK[:3], 8899, 1),
+    "no bytes": (b"", 8899, 1),
+    "bytes without codes": (b"\0\0\0\0", 9, 0),
+    "four thousand million postings": (b"\xff\xff\xff\xff" + bytes(20), 9, 1),
+    "a count beyond all documents": (b"\0\0\0\0" + b"\xff\xff\xff", 9, 1),
+    "the ordinal after 65,535": (b"\1\0\0\0" + b"\1\xff" + b"\x10\xf0", 65_536, 1),
+    "round to the beginning": (b"\2\0\0\0" + b"\2\xff\xff" + b"\xff\xff\xff\xff", 65_536, 1),
+}
+
+
+@pytest.mark.parametrize("what", FORGED_BLOCKS)
+def test_posting_block_of_nonsense_is_corrupt_though_its_checksum_be_sound(what: str) -> None:
+    block, n_documents, n_codes = FORGED_BLOCKS[what]
+    assert read_one(SOUND_BLOCK, 8899).ordinals[-1] == 8898
+    with pytest.raises(CorruptData):
+        read_one(block, n_documents, n_codes)
+
+
+def test_posting_block_with_any_byte_changed_is_refused_or_another_sound_one() -> None:
+    """Past the checksum: what is answered is always rising lists of ordinals of the segment."""
+    codes = [[0, 240, 736, 4817, 8898], [], [7, 8, 9, 1000], [8898]]
+    lists = postings.Postings(np.arange(4), np.array([0, 5, 5, 9, 10]), np.array([n for own in codes for n in own], np.uint16))
+    block = postings.write_postings(lists, np.array([0, 4]))[0].tobytes()
+    for at, value in itertools.product(range(len(block)), range(256)):
+        try:
+            found = read_one(block[:at] + bytes([value]) + block[at + 1 :], 8899, 4)
+        except CorruptData:
+            continue
+        assert found.offsets[-1] == len(found.ordinals)
+        for start, end in itertools.pairwise(found.offsets):
+            own = found.ordinals[start:end].tolist()
+            assert own == sorted(set(own))
+            assert not own or own[-1] < 8899
+
+
 def test_damaged_head_of_a_codec_is_noticed(library: Library) -> None:
     start, end = codec_object.head_range(library.codec_ref)
     head = bytes(library.codec_data[start:end])
@@ -929,6 +1037,7 @@ def test_sections_of_nonsense_are_never_another_exception(data: bytes, n: int) -
     only_our_errors(lambda: fields.decode_fields(data, name="x", section=Section.FIELDS))
     only_our_errors(lambda: records.read_sizes(data[: len(data) // 8 * 8], 4, len(data), name="x"))
     only_our_errors(lambda: postings.read_postings(data, np.array([0, len(data) // 2, len(data)]), cells, n, name="x"))
+    only_our_errors(lambda: read_one(struct.pack("<I", n) + data, 1 << 16, n + 1))
 
 
 @FUZZ

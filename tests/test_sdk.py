@@ -1,4 +1,4 @@
-"""NextPlaid's own clients, unmodified, against a running server: the SDK (sync and async) and the command line, on a directory and on S3."""
+"""NextPlaid's own clients, unmodified, against a running server: SDK (sync and async) and command line, on a directory and on S3."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import BUCKET
 from next_plaid_client import AsyncNextPlaidClient, NextPlaidClient
 from next_plaid_client.cli import cli
 from next_plaid_client.exceptions import IndexExistsError, IndexNotFoundError, NextPlaidError, ValidationError
 from next_plaid_client.models import IndexConfig, SearchParams
 from s3_server import REGION, S3Server
 from serving import Served, serving
-
-from conftest import BUCKET
 
 TEXTS = ["the warp holds the weft", "sheep graze on the hill", "looms of oak and iron"]
 DIM = 16
