@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from corpus import make_corpus
 from engine.config import CommitParams, IndexConfig
 from engine.errors import Conflict, EngineError, NotFound, Unavailable
 from engine.format import names
@@ -19,7 +20,6 @@ from engine.index.verify import verify
 from engine.store.base import ObjectStore
 from engine.store.objects import open_store
 from engine.store.wrappers import CountingStore, FaultyStore, WorldStopped
-from corpus import make_corpus
 
 CORPUS = make_corpus(60, dim=16)
 FAST = CommitParams(first_delay_s=0.0001, max_delay_s=0.001)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
@@ -20,6 +21,9 @@ from engine.format.fields import encode_fields
 from engine.format.manifest import CodecRef, Column, ObjectRef, SegmentRef
 from engine.format.records import Records, records_of_tokens
 from engine.format.segment import Written, write_flat, write_quantised
+
+if TYPE_CHECKING:
+    from engine.metadata.schema import Value
 
 _BLOCK_DOCUMENTS = 1024
 
@@ -191,11 +195,11 @@ def _with_metadata(
     from engine.metadata import database
 
     metadata = database.build(
-        [row or {} for row in rows],
+        [cast("Mapping[str, Value]", row or {}) for row in rows],
         column_pairs(columns),
         ids,
         fts_tokenizer=config.fts_tokenizer,
-        texts=texts,
+        texts=None if texts is None else [text or "" for text in texts],
     )
     ref = ObjectRef(id=written.ref.id, size_bytes=len(metadata), checksum=checksum(metadata))
     return NewSegment(msgspec.structs.replace(written.ref, metadata=ref), written.data, metadata, ids)

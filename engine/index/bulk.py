@@ -47,7 +47,7 @@ class Block:
     tokens: np.ndarray
     offsets: np.ndarray
     fields: Sequence[dict[str, Any]] | None = None
-    keys: Sequence[str] | None = None
+    keys: Sequence[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -132,7 +132,7 @@ class _Work:
         async def apply(manifest: Manifest) -> Draft | None:
             if manifest.index_id != self.manifest.index_id or {codec.id for codec in manifest.codecs} != known:
                 return None
-            uploads = {names.codec(self.index, codec_id): data}
+            uploads: dict[str, Buffer] = {names.codec(self.index, codec_id): data}
             return Draft(msgspec.structs.replace(manifest, codecs=(*manifest.codecs, ref)), uploads)
 
         return await self._commit(apply, f"train a codec of {ref.n_centroids} centroids on {n_tokens} tokens")
@@ -179,7 +179,7 @@ class _Work:
         """The documents of one source, encoded by the newest codec: as they are if it is theirs, else encoded (again)."""
         content = await self._contents(source)
         ids = await self.parts.ids(self.index, source.ref)
-        extras = {"keys": content.keys, "rows": content.rows, "texts": content.texts}
+        extras: dict[str, Any] = {"keys": content.keys, "rows": content.rows, "texts": content.texts}
         if source.ref.codec == ref.id:
             records = await self.parts.records(self.index, source.ref, ref)
             part = Part(ids, replace(records, blobs=_patched_blobs(records, content, source)), alive=source.alive, **extras)

@@ -31,7 +31,8 @@ MAX_KEY_BYTES = 512
 class Operation(Protocol):
     """A change that can be applied to a draft. `cause` is its line in the history; n_tokens its weight in a group."""
 
-    n_tokens: int
+    @property
+    def n_tokens(self) -> int: ...
 
     @property
     def cause(self) -> str: ...
@@ -67,6 +68,9 @@ class Add:
         cls, tokens: np.ndarray, offsets: np.ndarray, fields: Sequence[Mapping[str, object]] | None, keys: Sequence[str] | None
     ) -> Add:
         """Check everything that can be checked without the index, and normalise the vectors. Raises InvalidRequest."""
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            tokens = np.asarray(tokens)
+            tokens = tokens.astype(np.float32) if tokens.dtype == np.float64 else tokens
         offsets = _checked_offsets(tokens, offsets)
         n_documents = len(offsets) - 1
         if fields is not None and len(fields) != n_documents:

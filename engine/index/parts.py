@@ -261,7 +261,8 @@ class Parts:
         """External id and fields of documents by ordinal, with patches applied. Reads the records of just those documents."""
         name = names.segment(segment.home or index, segment.id)
         if segment.kind == "flat":
-            blobs: Sequence[Buffer] = (await self.flat(index, segment)).blobs or []
+            blobs = (await self.flat(index, segment)).blobs
+            assert blobs is not None, "the whole object was read"
             section, wanted = int(Section.FIELDS), [blobs[n] for n in ordinals.tolist()]
         else:
             section, wanted = int(Section.RECORDS), await self._record_blobs(index, segment, ordinals, codec)
@@ -385,13 +386,16 @@ class Parts:
         path = await self.store.local_path(name)
         if path is not None:
             try:
-                with open(path, "rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                return memoryview(mapped)[span[0] : span[1]], 0
+                return (await self.compute(_mapped, path))[span[0] : span[1]], 0
             except (OSError, ValueError):
                 pass  # gone from the cache meanwhile
         data = await self._span(name, span)
         return data, len(data)
+
+
+def _mapped(path: str) -> memoryview:
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def missing(name: str) -> CorruptData:

@@ -215,10 +215,10 @@ async def branch(
         cause = f"branch of {index} generation {manifest.generation}"
         made = await create(store, name, manifest.config, contents=shared, cause=cause, clock=clock)
         try:
-            home = await load_head(store, index)
+            parent: Head | None = await load_head(store, index)
         except NotFound:
-            home = None
-        if home is None or home.manifest.index_id != manifest.index_id:  # deleted meanwhile, perhaps before it could see the branch
+            parent = None
+        if parent is None or parent.manifest.index_id != manifest.index_id:  # deleted meanwhile, perhaps before it could see the branch
             await store.delete([names.current(name)])
             raise NotFound("the index was deleted meanwhile", code="index-not-found", index=index)
         return made

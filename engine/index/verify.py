@@ -10,11 +10,9 @@ import numpy as np
 from engine.errors import CorruptData, EngineError, NotFound
 from engine.format import names
 from engine.format.codec_object import read_codec
-from engine.format.envelope import Section, checksum
-from engine.format.fields import decode_fields
+from engine.format.envelope import checksum
 from engine.format.manifest import CodecRef, Manifest, SegmentRef
-from engine.format.postings import build_postings
-from engine.format.segment import QuantisedReader, read_flat
+from engine.format.verify import verify_segment
 from engine.index.parts import Parts, missing
 from engine.index.reader import Reader, Snapshot
 from engine.index.snapshots import generations, manifest_at
@@ -104,11 +102,8 @@ class Verifier:
             return
         self.report.n_documents += segment.n_documents
         self.report.n_tokens += segment.n_tokens
-        if segment.kind == "flat":
-            await self.parts.compute(_verify_flat, segment, data, manifest.dim or 0, name)
-        else:
-            reader = self.parts.quantised_reader(self.index, segment, manifest.codec_of(segment))
-            await self.parts.compute(_verify_quantised, reader, data)
+        codec = None if segment.kind == "flat" else manifest.codec_of(segment)
+        await self.parts.compute(verify_segment, data, segment, codec, manifest.dim or 0, name=name)
 
     async def _verify_additions(self, manifest: Manifest, segment: SegmentRef) -> None:
         """Tombstones, patches and metadata of a segment."""
@@ -120,7 +115,9 @@ class Verifier:
             name = names.metadata(segment.home or self.index, segment.id)
             data = await self._once(name, segment.metadata.size_bytes)
             if data is not None and checksum(data) != segment.metadata.checksum:
-                raise CorruptData("metadata differ from what was written", object=name, expected=segment.metadata.checksum, found=checksum(data))
+                raise CorruptData(
+                    "metadata differ from what was written", object=name, expected=segment.metadata.checksum, found=checksum(data)
+                )
 
     async def _verify_ids(self, manifest: Manifest) -> None:
         """No document twice, none beyond next_id."""
@@ -129,28 +126,6 @@ class Verifier:
             raise CorruptData("a document id occurs twice", code="malformed", generation=manifest.generation)
         if len(ids) and ids[-1] >= manifest.next_id:
             raise CorruptData("a document id is beyond next_id", code="malformed", found=int(ids[-1]), expected=manifest.next_id)
-
-
-def _verify_flat(segment: SegmentRef, data: bytes, dim: int, name: str) -> None:
-    flat = read_flat(segment, data, dim, name=name)
-    for blob in flat.blobs or ():
-        decode_fields(blob, name=name, section=int(Section.FIELDS))
-
-
-def _verify_quantised(reader: QuantisedReader, data: bytes) -> None:
-    """Every section's checksum, every record's own checksum, and the posting lists against the codes of the records."""
-    sections = reader.cut(data)
-    sizes = reader.sizes(sections[Section.SIZES], verify=False)
-    reader.ids(sections[Section.IDS], verify=False)
-    everything = np.arange(len(sizes))
-    records = reader.some_records(everything, [sections[Section.RECORDS]], sizes)
-    for blob in records.blobs:
-        decode_fields(blob, name=reader.name, section=int(Section.RECORDS))
-    stored = reader.postings(sections[Section.POSTINGS], verify=False)
-    codes, offsets = records.flat_codes()
-    built = build_postings(codes, offsets, len(stored.offsets) - 1)
-    if not np.array_equal(built.offsets, stored.offsets) or not np.array_equal(built.ordinals, stored.ordinals):
-        raise CorruptData("posting lists disagree with the records", code="malformed", object=reader.name, section="POSTINGS")
 
 
 async def verify(reader: Reader, index: str, *, all_generations: bool = False, progress: Progress | None = None) -> VerifyReport:

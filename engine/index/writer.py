@@ -108,7 +108,8 @@ class Writer:
             await self._commit_group(self._take_group())
 
     def _take_group(self) -> list[_Ticket]:
-        n_tokens, group = 0, []
+        n_tokens = 0
+        group: list[_Ticket] = []
         while self._waiting and len(group) < MAX_GROUP_OPERATIONS and n_tokens < MAX_GROUP_TOKENS:
             ticket = self._waiting.pop(0)
             n_tokens += ticket.operation.n_tokens

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 
 from engine.errors import InvalidRequest
 
-Buffer: TypeAlias = bytes | memoryview
+Buffer: TypeAlias = bytes | bytearray | memoryview
 Range: TypeAlias = tuple[int, int]
 """Half-open byte range (start, end), 0 <= start <= end."""
 
