@@ -35,6 +35,7 @@ from engine.scoring.maxsim import maxsim
 from engine.scoring.topk import top_k
 
 Mode = Literal["auto", "warm", "cold"]
+SPREAD_BYTES = 64
 MAX_COLD_QUERIES = 4
 """A batch of more queries than this loads segments whole: their cells would add up to most of the segment."""
 
@@ -177,22 +178,22 @@ class Searcher:
     async def _should_load(self, index: str, ref: SegmentRef, mode: Mode, n_queries: int) -> bool:
         if mode != "auto":
             return mode == "warm"
-        if n_queries > MAX_COLD_QUERIES or self.parts.memory.peek(("arrays", ref.id, ref.base)) is not None:
+        if n_queries > MAX_COLD_QUERIES or (self.parts.known_hot(ref) and self.parts.known_records(ref)):
             return True
         return await self.parts.local_path(index, ref) is not None
 
     async def _arrays(self, index: str, ref: SegmentRef, codec_ref: CodecRef) -> tuple[Hot, SegmentArrays]:
-        """A segment as the cascade wants it."""
+        """A segment as the cascade wants it; each piece is kept in memory by itself, so the budget sees all of them."""
+        codec, hot, records = await asyncio.gather(
+            self.parts.codec(index, codec_ref), self.parts.hot(index, ref, codec_ref), self.parts.records(index, ref, codec_ref)
+        )
+        decoder, plain = decoder_of(codec), scoring_records(records)
 
-        async def load() -> tuple[tuple[Hot, SegmentArrays], int]:
-            codec, hot, records = await asyncio.gather(
-                self.parts.codec(index, codec_ref), self.parts.hot(index, ref, codec_ref), self.parts.records(index, ref, codec_ref)
-            )
-            decoder, plain = decoder_of(codec), scoring_records(records)
-            spread = await self.parts.compute(residual_spread, plain, decoder)
-            return (hot, SegmentArrays(codec.centroids, hot.postings, hot.forward, plain, decoder, spread)), 0
+        async def measure() -> tuple[float, int]:
+            return await self.parts.compute(residual_spread, plain, decoder), SPREAD_BYTES
 
-        return await self.parts.memory.get(("arrays", ref.id, ref.base), load)
+        spread = await self.parts.memory.get(("spread", ref.id), measure)
+        return hot, SegmentArrays(codec.centroids, hot.postings, hot.forward, plain, decoder, spread)
 
     # One query
 

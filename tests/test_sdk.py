@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import BUCKET
 from next_plaid_client import AsyncNextPlaidClient, NextPlaidClient
 from next_plaid_client.cli import cli
 from next_plaid_client.exceptions import IndexExistsError, IndexNotFoundError, NextPlaidError, ValidationError
 from next_plaid_client.models import IndexConfig, SearchParams
+
+from conftest import BUCKET
 from s3_server import REGION, S3Server
 from serving import Served, serving
 

@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
-from serving import all_serving, serving
 
 from engine.config import MaintenanceParams
 from engine.store.objects import open_store
 from handler.app import create_app
 from handler.runtime import Runtime, Settings
 from handler.server import Maintenance, maintain
+from serving import all_serving, serving
 
 DIM = 8
 

@@ -20,6 +20,9 @@ import numpy as np
 MAX_CENTROIDS = 65_536
 """A code is a uint16."""
 
+MOST_CENTROIDS_WANTED = 32_768
+"""More would cost every query of a large index over 2 ms for its table of query x centroid."""
+
 SAMPLE_TOKENS_PER_CENTROID = 32
 ITERATIONS = 4
 """As the ColBERT authors' PLAID has them; more buys next to nothing (README, measurements)."""
@@ -46,13 +49,14 @@ class Cells:
 
 
 def n_centroids(n_tokens: int) -> int:
-    """K for a collection of `n_tokens`: 2^floor(log2(16 * sqrt(n_tokens))), at most MAX_CENTROIDS, at least 1.
+    """K for a collection of `n_tokens`: the power of two nearest to 16 * sqrt(n_tokens), from 1 to MOST_CENTROIDS_WANTED.
 
-    Source: PLAID (arXiv 2205.09707), as its authors' code counts them.
+    Source: PLAID (arXiv 2205.09707), whose authors' code rounds down. Rounding to the nearest gives twice the centroids to half of all
+    collections: on SciFact 18 % less residual energy for 8,192 dot products a query token (README).
     """
     if n_tokens < 1:
         return 1
-    return min(MAX_CENTROIDS, 1 << int(np.floor(np.log2(16 * np.sqrt(n_tokens)))))
+    return min(MOST_CENTROIDS_WANTED, 1 << round(np.log2(16 * np.sqrt(n_tokens))))
 
 
 def n_sample_tokens(n_tokens: int) -> int:
@@ -95,7 +99,7 @@ def group_into_cells(centroids: np.ndarray, rng: np.random.Generator, iterations
         similarity = centroids @ coarse.T
         cell_of = similarity.argmax(1)
         coarse = _spherical_means(centroids, cell_of, similarity[np.arange(len(cell_of)), cell_of], coarse)
-    coarse = coarse[_path(coarse)]
+    coarse = coarse[path_of(coarse)]
     cell_of = (centroids @ coarse.T).argmax(1)
     order = np.argsort(cell_of, kind="stable")
     cell_offsets = np.zeros(n_cells + 1, np.int64)
@@ -184,8 +188,8 @@ def _spherical_means(points: np.ndarray, cluster_of: np.ndarray, fits: np.ndarra
     return means
 
 
-def _path(points: np.ndarray) -> np.ndarray:
-    """Order few points (M <= 256) so that neighbours are alike: greedy nearest-neighbour tour, O(M^2). Returns int64 (M,)."""
+def path_of(points: np.ndarray) -> np.ndarray:
+    """Order M points, float32 (M, D), so that neighbours are alike: greedy nearest-neighbour tour, O(M^2). Returns int64 (M,)."""
     similarity = points @ points.T
     # Start at the most remote point, so that the tour does not have to come back to it.
     current = int(similarity.sum(1).argmin())

@@ -39,6 +39,12 @@ CONSTANTS_TOKENS = 65_536
 INV_TABLE_TOP = 2.0
 """inv is near 1 where a centroid is near its tokens; the table leaves room for collections that drift."""
 
+SCALE_FACTORS = {1: (1.0,), 2: (1.0,), 4: (0.9, 1.0, 1.1), 8: (0.8, 0.9, 1.0, 1.1)}
+"""Scales tried for each token, in root mean squares of its residual."""
+
+REFINEMENTS = {1: 2, 2: 2, 4: 1, 8: 0}
+"""How often the levels' plain rounding is repeated with better scalars before the last, shaped one."""
+
 TINY = np.float32(1e-6)
 """Below this a norm or a scale is nothing: unit tokens are rounded at about 1e-7."""
 
@@ -295,22 +301,14 @@ def quantise_residuals(codec: Codec, tokens: np.ndarray, codes: np.ndarray) -> t
     tokens   float32 (T, D), rotated; codes integer (T,)
     returns  buckets uint8 (T, D), inv float32 (T,), scale float32 (T,), the scalars not yet quantised
 
-    Round with the residual's root mean square as scale; find the two scalars that bring the reconstruction nearest to the token in angle;
-    round again what these leave of the token, the errors shaped; find the scalars again. A third time buys nothing (README).
+    First the scale, then the two scalars that bring the reconstruction nearest to the token in angle; then what these leave of the token is
+    rounded, the errors shaped; then the scalars once more for the buckets as they came out.
     """
     centroids = np.take(codec.centroids, codes, axis=0)
-    values = tokens - centroids
-    rms = np.sqrt(_dots(values, values) / np.float32(codec.dim))
-    values *= (1 / np.maximum(rms, TINY))[:, None]
-    buckets = np.empty(values.shape, np.uint8)
-    codec.rounder(values, buckets)
     centroid_square = np.take(codec.centroid_squares, codes)
-    inv, scale = _best_scalars(
-        _dots(tokens, centroids), _dots(tokens, values), centroid_square, _dots(centroids, values), _dots(values, values)
-    )
-    np.multiply(centroids, -inv[:, None], out=values)
-    values += tokens
-    values *= (1 / np.maximum(scale, TINY))[:, None]
+    inv, scale = _first_scalars(codec, tokens, centroids, centroid_square)
+    values = _left_over(tokens, centroids, inv, scale)
+    buckets = np.empty(values.shape, np.uint8)
     shaping = codec.shaping
     if shaping is None:
         codec.rounder(values, buckets)
@@ -323,6 +321,36 @@ def quantise_residuals(codec: Codec, tokens: np.ndarray, codes: np.ndarray) -> t
     else:
         inv, scale = _best_shaped_scalars(shaping, tokens, codes, values)
     return buckets, *_normalised(inv, scale, centroid_square, cross, square)
+
+
+def _first_scalars(codec: Codec, tokens: np.ndarray, centroids: np.ndarray, centroid_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(inv, scale) float32 (T,) of the best of several plain roundings: at the scales SCALE_FACTORS, then REFINEMENTS times again."""
+    xc = _dots(tokens, centroids)
+    buckets = np.empty(tokens.shape, np.uint8)
+
+    def scalars_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        codec.rounder(values, buckets)
+        xv = _dots(tokens, values)
+        inv, scale = _best_scalars(xc, xv, centroid_square, _dots(centroids, values), _dots(values, values))
+        # Of a least squares projection y of x, x.y = |y|^2: the greater, the nearer in angle.
+        return inv * xc + scale * xv, inv, scale
+
+    residuals = tokens - centroids
+    rms = np.maximum(np.sqrt(_dots(residuals, residuals) / np.float32(codec.dim)), TINY)
+    tried = [scalars_of(residuals * (1 / (rms * np.float32(factor)))[:, None]) for factor in SCALE_FACTORS[codec.nbits]]
+    best = np.argmax([fit for fit, _, _ in tried], axis=0)
+    inv, scale = (np.choose(best, [one[part] for one in tried]) for part in (1, 2))
+    for _ in range(REFINEMENTS[codec.nbits]):
+        _, inv, scale = scalars_of(_left_over(tokens, centroids, inv, scale))
+    return inv, scale
+
+
+def _left_over(tokens: np.ndarray, centroids: np.ndarray, inv: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(x - inv * c) / scale: what the levels have to make up for, in their units, float32 (T, D)."""
+    values = np.multiply(centroids, -inv[:, None])
+    values += tokens
+    values *= (1 / np.maximum(scale, TINY))[:, None]
+    return values
 
 
 def _best_shaped_scalars(shaping: Shaping, tokens: np.ndarray, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

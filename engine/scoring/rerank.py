@@ -49,24 +49,28 @@ def rerank(
     """
     limit = min(len(approximate), max(n_rerank, k))
     exact = np.empty(limit, dtype=np.float32)
-    done, size = 0, max(MIN_BLOCK, k + k // 4)
-    while done < limit and size:
-        last = limit if limit - done < size + MIN_BLOCK // 2 else done + size
-        exact[done:last] = score_block(np.arange(done, last))
-        done = last
-        if done < limit:
-            size = _next_block(approximate[done:limit], chances(approximate[:done], exact[:done], approximate[done:limit], k, floor), misses_per_hit * k)
+    done, size, look_again = 0, min(limit, max(MIN_BLOCK, k + k // 4)), True
+    while size:
+        exact[done : done + size] = score_block(np.arange(done, done + size))
+        done += size
+        size = 0
+        if look_again and done < limit:
+            chance = chances(approximate[:done], exact[:done], approximate[done:limit], k, floor)
+            size, look_again = _next_block(chance, misses_per_hit * k, done)
     return exact[:done]
 
 
-def _next_block(remaining: np.ndarray, chance: np.ndarray, misses: float) -> int:
-    """How many documents to score next, 0 for no more: as many as it takes until the chances of the rest add up to less than `misses`.
+def _next_block(chance: np.ndarray, misses: float, done: int) -> tuple[int, bool]:
+    """How many documents to score next, and whether to look again after that.
 
-    The bar rises with every block, so this is too many by far while little is known; hence only half of it at a time.
+    Enough would be as many as it takes until the chances of the rest add up to less than `misses`. But the bar rises with every block, so while that is many, only half
+    of them are taken, and no more than twice what has been scored.
     """
     left = np.cumsum(chance[::-1])[::-1]  # left[i]: expected misses if the first i of the remaining are scored
     needed = int(np.count_nonzero(left > misses))
-    return max(min(needed, MIN_BLOCK), needed // 2) if needed else 0
+    if needed <= MIN_BLOCK:
+        return needed, False
+    return min(max(MIN_BLOCK, needed // 2), 2 * done, len(chance)), True
 
 
 def chances(approximate: np.ndarray, exact: np.ndarray, remaining: np.ndarray, k: int, floor: float = -np.inf) -> np.ndarray:

@@ -25,7 +25,7 @@ from engine.scoring.scratch import scratch
 RECTANGLE_TOKENS = 16_384
 """Tokens looked at together: their lanes take half a MiB of a 2 MiB L2 cache."""
 QUAD = 4
-"""A document's selected tokens are repeated up to a multiple of this, so that most of a segmented maximum can be done on whole blocks."""
+"""A document's selected tokens are filled up to a multiple of this, so that most of a segmented maximum can be done on whole planes (maxsim.py)."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import threading
+import weakref
 from array import array
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,12 +52,13 @@ class FileContent:
     def __init__(self, path: str | os.PathLike[str], *, label: str | None = None) -> None:
         self.label = label or os.fspath(path)
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  held for the life of the source
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe must not wait for its writer
         except FileNotFoundError as error:
             raise NotFound("no such file", file=self.label) from error
         except OSError as error:
             raise InvalidRequest("a readable file was expected", file=self.label, found=error.strerror) from error
-        status = os.fstat(self._file.fileno())
+        weakref.finalize(self, os.close, self._file)
+        status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidRequest("a regular file was expected, because it is read more than once", file=self.label)
         self.size_bytes = status.st_size
@@ -64,16 +66,16 @@ class FileContent:
 
     def read(self, ranges: Sequence[Range]) -> list[Buffer]:
         found: list[Buffer] = [self._read(start, end) for start, end in ranges]
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(self._file)
         if (status.st_size, status.st_mtime_ns) != self._identity:
             raise Conflict("the file changed while it was read", file=self.label)
         return found
 
     def _read(self, start: int, end: int) -> memoryview:
-        wanted = memoryview(np.empty(end - start, np.uint8)).cast("B")
+        wanted = np.empty(end - start, np.uint8).data
         done = 0
         while done < len(wanted):
-            n = os.preadv(self._file.fileno(), [wanted[done:]], start + done)
+            n = os.preadv(self._file, [wanted[done:]], start + done)
             if not n:
                 raise Conflict("the file became shorter while it was read", file=self.label, expected=end, found=start + done)
             done += n

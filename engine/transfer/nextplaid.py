@@ -100,7 +100,9 @@ def read(directory: str | os.PathLike[str]) -> PlaidIndex:
     plaid._compare_counts(description)
     plaid.config = _config(plaid, settings)
     if nbits < _LOSSLESS_NBITS and not plaid.exact:
-        plaid.notes.append(f"{nbits}-bit vectors lose recall when they are encoded again at {nbits} bits; at {_LOSSLESS_NBITS} they lose none")
+        plaid.notes.append(
+            f"{nbits}-bit vectors lose recall when they are encoded again at {nbits} bits; at {_LOSSLESS_NBITS} they lose none"
+        )
     watch.check()
     return plaid
 
