@@ -222,6 +222,7 @@ async def test_a_stage_prefix_is_tolerated_and_not_needed() -> None:
         assert (await api.get("/prod/indices")).json() == []
         assert (await api.get("/indices")).json() == []
         assert (await api.get("/prod")).json()["status"] == "healthy"
+        assert (await api.get("http://server/prod//indices")).json() == (await api.get("http://server//indices")).json() == []
         assert (await api.get("/production")).status_code == 404
 
 

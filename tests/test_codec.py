@@ -13,13 +13,13 @@ from engine.codec.order import topical_order
 from engine.codec.residual import Codec, Encoded, decode, decode_rotated, encode, quantise_residuals, quantiser, rotation, train
 from engine.codec.shaping import Rounder, round_shaped
 from engine.errors import InvalidRequest
-from tests.reference_codec import decode_slowly, nearest_slowly, pack_slowly, round_shaped_slowly, unpack_slowly
+from reference_codec import decode_slowly, nearest_slowly, pack_slowly, round_shaped_slowly, unpack_slowly
 
 NBITS = (1, 2, 4, 8)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12), np.float32)
 
 
 def clustered(n_tokens: int, dim: int = 64, n_topics: int = 50, seed: int = 0) -> np.ndarray:
@@ -151,7 +151,7 @@ def test_decode_is_its_slow_twin(codecs: dict[int, Codec], tokens: np.ndarray, n
     np.testing.assert_allclose(decode(codecs[nbits], encoded), decode_slowly(codecs[nbits], encoded), atol=1e-5)
 
 
-@pytest.mark.parametrize(("nbits", "floor"), [(1, 0.93), (2, 0.975), (4, 0.9975), (8, 0.9999)])
+@pytest.mark.parametrize(("nbits", "floor"), [(1, 0.945), (2, 0.98), (4, 0.998), (8, 0.9999)])
 def test_decoded_tokens_point_where_the_originals_do(codecs: dict[int, Codec], tokens: np.ndarray, nbits: int, floor: float) -> None:
     decoded = decode(codecs[nbits], encode(codecs[nbits], tokens[10_000:]))
     np.testing.assert_allclose(np.linalg.norm(decoded, axis=1), 1, atol=0.05)
@@ -162,7 +162,7 @@ def test_decoded_tokens_point_where_the_originals_do(codecs: dict[int, Codec], t
 def test_lloyd_max_levels_work_too(tokens: np.ndarray, nbits: int) -> None:
     codec = train(tokens[:2000], len(tokens), nbits, n_clusters=64, levels="lloyd")
     assert not codec.rounder.is_uniform
-    assert mean_cosine(codec, tokens[:2000]) > {2: 0.975, 4: 0.9975}[nbits]
+    assert mean_cosine(codec, tokens[:2000]) > {2: 0.98, 4: 0.998}[nbits]
 
 
 def test_uniform_levels_are_equally_spaced_so_that_a_search_can_decode_by_arithmetic(codecs: dict[int, Codec]) -> None:

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import independent_reader
 import msgspec
 import numpy as np
 import pytest
-from golden import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import independent_reader
 from engine.codec.bitpack import row_bytes
 from engine.codec.residual import Codec
 from engine.config import IndexConfig
@@ -27,6 +26,7 @@ from engine.errors import CorruptData, EngineError, InvalidRequest, LimitExceede
 from engine.format import codec_object, envelope, fields, keys, manifest, markers, names, patch, postings, records, segment, tombstones
 from engine.format.envelope import Kind, Section
 from engine.format.verify import verify_segment
+from golden import make
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 DAMAGE = (CorruptData, UnsupportedFormat)

@@ -274,7 +274,7 @@ def test_two_looks_with_a_wide_margin_see_every_token_once(n_query):
 
 
 @pytest.mark.parametrize("n_query", QUERY_LENGTHS)
-def test_the_first_look_takes_the_tokens_with_the_best_centroids(n_query):
+def test_the_first_look_takes_the_last_token_of_each_best_centroid(n_query):
     segment = make_segment(seed=14, lengths=np.random.default_rng(14).integers(0, 30, 20))
     query = unit(np.random.default_rng(15), n_query, 24)
     scores = score_centroids(query, segment.centroids)
@@ -285,7 +285,10 @@ def test_the_first_look_takes_the_tokens_with_the_best_centroids(n_query):
         table, _ = slow.document_similarities(query, segment.centroids, segment.decoder, segment.records, ordinal)
         begin = segment.records.code_start[ordinal]
         own = flat[segment.records.codes[begin : begin + len(table)]]
-        chosen = (own >= own.max(axis=0)).any(axis=1) if len(table) else []
+        chosen = (own >= own.max(axis=0)).any(axis=1) if len(table) else np.empty(0, dtype=bool)
+        codes = segment.records.codes[begin : begin + len(table)].tolist()
+        for token in range(len(table)):
+            chosen[token] &= codes[token] not in codes[token + 1 :]
         expected = table[chosen].max(axis=0) if len(table) else -np.inf
         np.testing.assert_allclose(best[ordinal], expected, atol=1e-5)
 

@@ -10,6 +10,7 @@ Pure arithmetic: no I/O, no global state. Each worker thread calls BLAS, so BLAS
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ ITERATIONS = 4
 """As the ColBERT authors' PLAID has them; more buys next to nothing (README, measurements)."""
 
 N_CELLS_SEARCHED = 8
+"""98.5 to 99 % of tokens get the centroid that brute force gives; 4 cells 97 %, 12 cells 99.5 %."""
+
+N_CELLS_SEARCHED_TRAINING = 4
+"""While centroids still move, a token in a hundred may count for its second best."""
+
 BLOCK_TOKENS = 16_384
 """Tokens of one assignment block: 1,024 rows for each cell's GEMM at M = 128, and about 30 MiB of temporaries a thread."""
 
@@ -56,7 +62,7 @@ def n_centroids(n_tokens: int) -> int:
     """
     if n_tokens < 1:
         return 1
-    return min(MOST_CENTROIDS_WANTED, 1 << round(np.log2(16 * np.sqrt(n_tokens))))
+    return min(MOST_CENTROIDS_WANTED, 1 << round(math.log2(16 * math.sqrt(n_tokens))))
 
 
 def n_sample_tokens(n_tokens: int) -> int:
@@ -80,7 +86,7 @@ def train_cells(sample: np.ndarray, n_clusters: int, *, seed: int, iterations: i
     centroids = sample[np.sort(rng.choice(len(sample), n_clusters, replace=False))].astype(np.float32)
     for _ in range(iterations):
         cells = group_into_cells(centroids, rng)
-        codes, fits = assign(sample, cells, n_threads=n_threads)
+        codes, fits = assign(sample, cells, n_cells_searched=N_CELLS_SEARCHED_TRAINING, n_threads=n_threads)
         centroids = _spherical_means(sample, codes, fits, cells.centroids)
     return group_into_cells(centroids, rng)
 
@@ -173,18 +179,17 @@ def map_blocks(work: Callable[[int], Result], n_items: int, block: int, n_thread
 
 def _spherical_means(points: np.ndarray, cluster_of: np.ndarray, fits: np.ndarray, previous: np.ndarray) -> np.ndarray:
     """Unit means of each cluster; an empty cluster becomes one of the points that fit worst; a zero mean keeps its centroid."""
-    order = np.argsort(cluster_of, kind="stable")
-    counts = np.bincount(cluster_of, minlength=len(previous))
-    present = np.flatnonzero(counts)
-    starts = np.cumsum(counts[present]) - counts[present]
-    means = previous.copy()
-    sums = np.add.reduceat(points[order], starts, axis=0)
+    sums = np.zeros(previous.shape, np.float32)
+    for start in range(0, len(points), BLOCK_TOKENS):
+        block = slice(start, start + BLOCK_TOKENS)
+        order = np.argsort(cluster_of[block], kind="stable")
+        present, starts = np.unique(cluster_of[block][order], return_index=True)
+        sums[present] += np.add.reduceat(np.take(points[block], order, axis=0), starts, axis=0)
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    means[present] = np.where(norms > 1e-12, sums / np.maximum(norms, 1e-12), previous[present])
-    empty = np.flatnonzero(counts == 0)
-    if len(empty):
-        worst = np.argsort(fits, kind="stable")[: len(empty)]
-        means[empty[: len(worst)]] = points[worst]
+    means = np.where(norms > 1e-12, sums / np.maximum(norms, 1e-12), previous)
+    empty = np.flatnonzero(np.bincount(cluster_of, minlength=len(previous)) == 0)
+    worst = np.argsort(fits, kind="stable")[: len(empty)]
+    means[empty[: len(worst)]] = points[worst]
     return means
 
 

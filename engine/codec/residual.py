@@ -347,7 +347,7 @@ def _first_scalars(codec: Codec, tokens: np.ndarray, centroids: np.ndarray, cent
 
 def _left_over(tokens: np.ndarray, centroids: np.ndarray, inv: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """(x - inv * c) / scale: what the levels have to make up for, in their units, float32 (T, D)."""
-    values = np.multiply(centroids, -inv[:, None])
+    values: np.ndarray = np.multiply(centroids, -inv[:, None])
     values += tokens
     values *= (1 / np.maximum(scale, TINY))[:, None]
     return values

@@ -5,9 +5,9 @@
 The first part is a lookup in the query x centroid table, the second a matrix product of unpacked rows. With 32 query tokens on one core the product is
 40 % of the cost per token, so the work around it goes in passes over contiguous arrays that stay in the L2 cache.
 
-Most tokens are never unpacked. ExactScorer does it in two looks: the first takes only the tokens whose centroid is the best of the document for some query
-token (about one in six), which gives a score that is already much better than the centroids'. The second look, for documents that are still promising,
-takes the other tokens whose centroid comes near the *exact* best of the first. rerank.py decides who gets a second look.
+Most tokens are never unpacked. ExactScorer takes two looks at a document: the first at the tokens whose centroid is the document's best for some query
+token (one in ten), which gives a score much better than the centroids' alone. The second look, for documents that are still promising,
+takes the other tokens that may plausibly beat the *exact* bests of the first. rerank.py decides who gets one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.errors import InvalidRequest
 from engine.scoring.arrays import Decoder, Records
 from engine.scoring.centroid_scores import CentroidScores
 from engine.scoring.scratch import scratch
-from engine.scoring.selection import QUAD, Selection, best_lanes, select_tokens
+from engine.scoring.selection import QUAD, Selection, all_tokens, best_lanes, first_tokens, second_tokens
 from engine.scoring.unpack import Operand, unpack
 
 SMALL_PRODUCT = 1_000_000
@@ -48,11 +48,14 @@ class ExactScorer:
 
     def all_tokens(self, ordinals: np.ndarray) -> np.ndarray:
         """Best similarity per query token over all (known) tokens: float32 (n, Q), rows of -inf for documents without tokens."""
-        return self._by_length(ordinals)
+        order = self._by_length(ordinals)
+        return self._best(order, all_tokens(self.scores, self.records, ordinals[order]))
 
     def first_look(self, ordinals: np.ndarray, lanes: np.ndarray) -> np.ndarray:
-        """As all_tokens, over the tokens whose centroid is the document's best for some query token. lanes uint8 (G, n, width) of centroid_maxsim."""
-        return self._by_length(ordinals, self._blind_padding(lanes.copy()))
+        """As all_tokens, over selection.first_tokens only. lanes uint8 (G, n, width) of centroid_maxsim for these documents."""
+        order = self._by_length(ordinals)
+        chosen = first_tokens(self.scores, self.records, ordinals[order], self._ordered(lanes, order))
+        return self._best(order, chosen)
 
     def second_look(self, ordinals: np.ndarray, lanes: np.ndarray, best: np.ndarray, spreads: float) -> np.ndarray:
         """Improve `best`, float32 (n, Q), of a first look by the tokens left out that may plausibly be better.
@@ -60,9 +63,29 @@ class ExactScorer:
         spreads  how many residual spreads better than its centroid a token may plausibly be; its spread is its own scale, because levels have unit
                  variance, times the length of the query token
         """
-        floors = self._lanes_of(best)
-        more = self._by_length(ordinals, floors, self._blind_padding(lanes.copy()), self._reach(spreads))
-        return np.maximum(best, more)
+        order = self._by_length(ordinals)
+        lanes, floors = self._ordered(lanes, order), self._lanes_of(best[order])
+        chosen = second_tokens(self.scores, self.records, ordinals[order], lanes, floors, self._reach(spreads))
+        return np.maximum(best, self._best(order, chosen))
+
+    def _by_length(self, ordinals: np.ndarray) -> np.ndarray:
+        """The order in which selection.py wants documents: by falling number of tokens."""
+        return np.argsort(-self.records.n_tokens[ordinals], kind="stable")
+
+    def _ordered(self, lanes: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """lanes in this order, with padding columns set to 255, which no lane of a padding column reaches."""
+        ordered = np.take(lanes, order, axis=1)
+        ordered[-1, :, self.scores.n_tokens - (len(lanes) - 1) * self.scores.width :] = 255
+        return ordered
+
+    def _lanes_of(self, similarities: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, Q) upwards to lanes uint8 (G, n, width), padding columns 255."""
+        scores = self.scores
+        n_groups, width = len(scores.lanes), scores.width
+        lanes = np.full((len(similarities), n_groups * width), 255, dtype=np.uint8)
+        steps = np.ceil((similarities - np.float32(scores.low)) * np.float32(1 / scores.step))
+        lanes[:, : scores.n_tokens] = np.clip(steps, 0, 255)
+        return np.ascontiguousarray(lanes.reshape(-1, n_groups, width).transpose(1, 0, 2))
 
     def _reach(self, spreads: float) -> np.ndarray:
         """uint8 (G, 256, width): by scale byte, how many steps a token may be better than its centroid; padding columns 0."""
@@ -87,21 +110,10 @@ class ExactScorer:
         lanes[:, : scores.n_tokens] = np.clip(steps, 0, 255)
         return np.ascontiguousarray(lanes.reshape(-1, n_groups, width).transpose(1, 0, 2))
 
-    def _by_length(
-        self, ordinals: np.ndarray, floors: np.ndarray | None = None, below: np.ndarray | None = None, reach: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Select and score with documents in falling length, as select_tokens likes them; answer in the caller's order."""
-        order = np.argsort(-self.records.n_tokens[ordinals], kind="stable")
-        selection = select_tokens(
-            self.scores,
-            self.records,
-            ordinals[order],
-            None if floors is None else np.take(floors, order, axis=1),
-            None if below is None else np.take(below, order, axis=1),
-            reach,
-        )
+    def _best(self, order: np.ndarray, selection: Selection) -> np.ndarray:
+        """Best similarities of documents whose tokens were selected in this order; in the order of the caller: float32 (n, Q)."""
         self.n_tokens_scored += selection.n_tokens
-        best = np.full((len(ordinals), self.scores.n_tokens), -np.inf, dtype=np.float32)
+        best = np.full((len(order), self.scores.n_tokens), -np.inf, dtype=np.float32)
         full = np.flatnonzero(selection.counts)
         if len(full):
             folded = self._folded(selection)
@@ -193,7 +205,7 @@ def best_tokens(scores: CentroidScores, records: Records, decoder: Decoder, ordi
     returns  position in the document int64 (Q,), similarity float32 (Q,); ties go to the earlier token. The similarities add up to the score.
     Raises InvalidRequest for a document without (known) tokens.
     """
-    selection = select_tokens(scores, records, np.array([ordinal]))
+    selection = all_tokens(scores, records, np.array([ordinal]))
     if selection.n_tokens == 0:
         raise InvalidRequest("the document has no tokens to explain", ordinal=ordinal)
     similarities = ExactScorer(scores, records, decoder).similarities(selection)[: selection.n_tokens, : scores.n_tokens]
