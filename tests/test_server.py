@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -24,7 +26,7 @@ from engine.config import MaintenanceParams
 from engine.store.objects import open_store
 from handler.app import create_app
 from handler.runtime import Runtime, Settings
-from handler.server import Maintenance, maintain
+from handler.server import Maintenance, maintain, serve
 from serving import all_serving, serving
 
 DIM = 8
@@ -115,6 +117,14 @@ def test_the_server_compacts_in_the_background_and_hits_stay_the_same(tmp_path: 
             time.sleep(0.1)
     lines = [json.loads(line) for line in server.log.splitlines() if '"maintained"' in line]
     assert lines[0]["verb"] == "compact"
+
+
+def test_a_port_that_is_taken_is_an_error() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(OSError, match="in use"):
+            serve("127.0.0.1", other.getsockname()[1], Settings())
 
 
 async def test_one_worker_of_a_host_maintains(tmp_path: Path) -> None:

@@ -1,0 +1,5 @@
+"""`python -m handler.cli`: the same as `tartan`, without installing."""
+
+from handler.cli import main
+
+main()

@@ -1,0 +1,465 @@
+"""Extensions: generations, pins, rollback, branches, aliases, warming, the self test, export. NextPlaid's clients know none of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from engine.config import INDEX_NAME
+from engine.errors import NotFound
+from engine.evaluate import Exhaustive, recall_at_k
+from engine.format.manifest import SegmentRef
+from engine.index import snapshots
+from engine.index.reader import Snapshot
+from handler import wire
+from handler.problems import Problem, bad_request, index_not_found
+from handler.routes.endpoint import Call, Endpoint, Reply
+
+SCAN_TOKENS = 65_536
+"""Tokens decoded at once by export and self test: 32 MB of float32 at 128 dimensions."""
+RECALL_QUERY_TOKENS = 32
+MAX_RECALL_TOKENS = 20_000_000
+"""A self test is exhaustive; an index larger than this is refused rather than a worker blocked for minutes."""
+EXPORT_LINES = 64
+ABSENT = -1
+
+
+def _rfc3339(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _check_name(name: str, what: str) -> str:
+    if not INDEX_NAME.fullmatch(name):
+        raise bad_request(f"{what} is 1 to 128 letters, digits, dots, dashes or underscores, the first a letter or digit")
+    return name
+
+
+# Time
+
+
+async def generations(call: Call) -> Reply:
+    index = (await call.snapshot()).index
+    lines = await snapshots.generations(call.runtime.store, index)
+    return Reply(
+        wire.Generations(
+            [
+                wire.GenerationLine(
+                    generation=line.generation,
+                    created_at=_rfc3339(line.created_s),
+                    cause=line.cause,
+                    num_documents=line.n_documents,
+                    num_segments=line.n_segments,
+                    pins=list(line.pins),
+                    current=line.is_current,
+                )
+                for line in lines
+            ]
+        )
+    )
+
+
+async def list_pins(call: Call) -> Reply:
+    index = (await call.snapshot()).index
+    pins = await snapshots.pins(call.runtime.store, index)
+    lines = [
+        wire.PinLine(name, pin.generation, _rfc3339(pin.created_s), pin.note) for name, pin in sorted(pins.items()) if not pin.temporary
+    ]
+    return Reply(wire.Pins(lines))
+
+
+async def add_pin(call: Call) -> Reply:
+    body: wire.PinRequest = call.body
+    _check_name(body.pin, "a pin's name")
+    index = (await call.snapshot()).index
+    pin = await snapshots.pin(call.runtime.store, index, body.pin, generation=body.generation, note=body.note)
+    return Reply(wire.PinLine(body.pin, pin.generation, _rfc3339(pin.created_s), pin.note))
+
+
+async def remove_pin(call: Call) -> Reply:
+    index = (await call.snapshot()).index
+    name = call.path["pin"]
+    if not INDEX_NAME.fullmatch(name):
+        raise Problem("PIN_NOT_FOUND", f"no pin named '{name}'")
+    await snapshots.unpin(call.runtime.store, index, name)
+    return Reply(wire.Deleted(True, name))
+
+
+async def rollback(call: Call) -> Reply:
+    body: wire.RollbackRequest = call.body
+    if (body.generation is None) == (body.pin is None):
+        raise bad_request("exactly one of generation and pin is needed")
+    index = (await call.snapshot()).index
+    generation = body.generation
+    if body.pin is not None:
+        pin = (await snapshots.pins(call.runtime.store, index)).get(body.pin)
+        if pin is None:
+            raise Problem("PIN_NOT_FOUND", f"no pin named '{body.pin}'")
+        generation = pin.generation
+    assert generation is not None
+    head = await snapshots.rollback(call.runtime.store, index, generation)
+    call.runtime.reader.remember_head(index, head)
+    call.saw(Snapshot(call.runtime.reader, index, head.manifest))
+    return Reply(wire.MovedTo(index, head.manifest.generation, head.manifest.n_documents))
+
+
+async def branch(call: Call) -> Reply:
+    body: wire.BranchRequest = call.body
+    _check_name(body.name, "an index name")
+    call.runtime.gate.admit_index(call.caller, body.name)
+    index = (await call.snapshot()).index
+    if await _alias_target(call, body.name) is not None:
+        raise Problem("INDEX_ALREADY_EXISTS", body.name)
+    head = await snapshots.branch(call.runtime.store, index, body.name, generation=body.generation)
+    return Reply(wire.MovedTo(body.name, head.manifest.generation, head.manifest.n_documents))
+
+
+# Aliases
+
+
+async def _alias_target(call: Call, alias: str) -> str | None:
+    if not INDEX_NAME.fullmatch(alias):
+        return None
+    try:
+        return await call.runtime.aliases.resolve(alias)
+    except NotFound:
+        return None
+
+
+async def list_aliases(call: Call) -> Reply:
+    found = await call.runtime.aliases.all()
+    visible = set(call.runtime.gate.visible(call.caller, list(found.values())))
+    return Reply(wire.AliasLines([wire.AliasLine(alias, index) for alias, index in sorted(found.items()) if index in visible]))
+
+
+async def get_alias(call: Call) -> Reply:
+    alias = call.path["alias"]
+    index = await _alias_target(call, alias)
+    if index is None:
+        raise Problem("ALIAS_NOT_FOUND", f"no alias named '{alias}'")
+    call.runtime.gate.admit_index(call.caller, index)
+    return Reply(wire.AliasLine(alias, index))
+
+
+async def put_alias(call: Call) -> Reply:
+    body: wire.AliasRequest = call.body
+    alias = _check_name(call.path["alias"], "an alias")
+    for name in (alias, body.index):
+        call.runtime.gate.admit_index(call.caller, name)
+    if (current := await _alias_target(call, alias)) is not None:
+        call.runtime.gate.admit_index(call.caller, current)
+    if not INDEX_NAME.fullmatch(body.index):
+        raise index_not_found(body.index)
+    await call.runtime.aliases.point(alias, body.index)
+    return Reply(wire.AliasLine(alias, body.index))
+
+
+async def delete_alias(call: Call) -> Reply:
+    alias = call.path["alias"]
+    index = await _alias_target(call, alias)
+    if index is None:
+        raise Problem("ALIAS_NOT_FOUND", f"no alias named '{alias}'")
+    call.runtime.gate.admit_index(call.caller, index)
+    await call.runtime.aliases.drop(alias)
+    return Reply(wire.Deleted(True, alias))
+
+
+# Warming, self test, export
+
+
+async def warm(call: Call) -> Reply:
+    snapshot = await call.filled_snapshot()
+    await call.runtime.searcher.warm(snapshot)
+    return Reply(wire.Warmed(call.name, snapshot.manifest.generation, call.runtime.reader.parts.memory.used_bytes))
+
+
+async def recall(call: Call) -> Reply:
+    """Recall of the search against exhaustive search over the stored (decoded) vectors: the search's own loss, not the codec's."""
+    body: wire.RecallRequest = call.body
+    snapshot = await call.filled_snapshot()
+    if snapshot.n_tokens > MAX_RECALL_TOKENS:
+        raise Problem("PAYLOAD_TOO_LARGE", f"the self test reads every token: at most {MAX_RECALL_TOKENS}, found {snapshot.n_tokens}")
+    ids = await snapshot.live_ids()
+    if not len(ids):
+        return Reply(wire.RecallAnswer(0, body.top_k, 1.0, 1.0, snapshot.manifest.generation))
+    top_k = min(body.top_k, len(ids))
+    rng = np.random.default_rng(snapshot.manifest.generation)
+    chosen = np.sort(rng.choice(ids, size=min(body.n_queries, len(ids)), replace=False))
+    queries = [tokens[:RECALL_QUERY_TOKENS] async for _, tokens in _documents(snapshot, chosen)]
+    joined, offsets = wire.joined(queries)
+    truth = Exhaustive(joined, offsets, top_k)
+    async for own_ids, tokens, own_offsets in _blocks(snapshot, None):
+        await call.runtime.reader.parts.compute(truth.add, tokens, own_offsets, own_ids)
+    true_ids, _ = truth.result()
+    params = wire.search_params(wire.Params(top_k, *_effort(body.params)), snapshot.n_documents)
+    answers = await call.runtime.searcher.search(snapshot, queries, params, with_rows=False)
+    found = np.full((len(queries), top_k), ABSENT, np.int64)
+    for line, answer in zip(found, answers, strict=True):
+        line[: len(answer.ids)] = answer.ids
+    shares = recall_at_k(true_ids, found, top_k)
+    return Reply(wire.RecallAnswer(len(queries), top_k, float(shares.mean()), float(shares.min()), snapshot.manifest.generation))
+
+
+def _effort(params: wire.Params) -> tuple[int | None, int | None, float | None]:
+    return params.n_ivf_probe, params.n_full_scores, params.centroid_score_threshold
+
+
+async def _blocks(snapshot: Snapshot, wanted: np.ndarray | None) -> AsyncIterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, tokens float32 (T, D), offsets) of the live documents, or of those wanted, a bounded number of tokens at a time."""
+    for ref in snapshot.segments:
+        async for ordinals, ids in _ordinals(snapshot, ref, wanted):
+            tokens, offsets = await snapshot.parts.tokens(snapshot.index, ref, ordinals, _codec_of(snapshot, ref))
+            yield ids, tokens, offsets
+
+
+def _codec_of(snapshot: Snapshot, ref: SegmentRef) -> Any:
+    return snapshot.manifest.codec_of(ref) if ref.kind == "quantised" else None
+
+
+async def _ordinals(snapshot: Snapshot, ref: SegmentRef, wanted: np.ndarray | None) -> AsyncIterator[tuple[np.ndarray, np.ndarray]]:
+    """(ordinals, ids) of the live documents of a segment, in pieces that hold about SCAN_TOKENS tokens."""
+    ids = await snapshot.parts.live_ids(snapshot.index, ref)
+    if wanted is not None:
+        ids = ids[np.isin(ids, wanted)]
+    if not len(ids):
+        return
+    ordinals = await snapshot.parts.live_ordinals_of(snapshot.index, ref, ids)
+    all_ids = await snapshot.parts.ids(snapshot.index, ref)
+    step = max(1, SCAN_TOKENS // max(1, ref.n_tokens // max(ref.n_documents, 1)))
+    for start in range(0, len(ordinals), step):
+        piece = ordinals[start : start + step]
+        yield piece, all_ids[piece]
+
+
+async def _documents(snapshot: Snapshot, wanted: np.ndarray) -> AsyncIterator[tuple[int, np.ndarray]]:
+    async for ids, tokens, offsets in _blocks(snapshot, wanted):
+        for n, document_id in enumerate(ids.tolist()):
+            yield document_id, tokens[offsets[n] : offsets[n + 1]]
+
+
+async def export(call: Call) -> Reply:
+    """One JSON object per line and document. The generation is held by a temporary pin while lines are sent."""
+    snapshot = await call.filled_snapshot()
+    with_vectors = call.query.get("vectors", "true").lower() not in ("false", "0", "no")
+    lines = _lines(call, snapshot, with_vectors)
+    first = await anext(lines, b"")  # so that a generation that is gone is still an error answer and no broken stream
+    headers = {"X-Tartan-Generation": str(snapshot.manifest.generation)}
+    return Reply(_chained(first, lines), media_type="application/x-ndjson", headers=headers)
+
+
+async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+async def _lines(call: Call, snapshot: Snapshot, with_vectors: bool) -> AsyncIterator[bytes]:
+    async with snapshots.held(call.runtime.store, snapshot.index, snapshot.manifest.generation, "export"):
+        for ref in snapshot.segments:
+            async for ordinals, ids in _ordinals(snapshot, ref, None):
+                stored = await snapshot.parts.fields(snapshot.index, ref, ordinals, _codec_of(snapshot, ref))
+                matrices: list[np.ndarray] = []
+                if with_vectors:
+                    tokens, offsets = await snapshot.parts.tokens(snapshot.index, ref, ordinals, _codec_of(snapshot, ref))
+                    matrices = [tokens[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+                for start in range(0, len(ids), EXPORT_LINES):
+                    part = slice(start, start + EXPORT_LINES)
+                    yield b"".join(
+                        _line(snapshot, document_id, key, fields, matrices[start + n] if with_vectors else None)
+                        for n, (document_id, (key, fields)) in enumerate(zip(ids[part].tolist(), stored[part], strict=True))
+                    )
+                    await asyncio.sleep(0)
+
+
+def _line(snapshot: Snapshot, document_id: int, key: str | None, fields: Any, matrix: np.ndarray | None) -> bytes:
+    line: dict[str, Any] = {"document_id": document_id}
+    if key is not None:
+        line["id"] = key
+    line["metadata"] = snapshot.full_row(document_id, fields) if snapshot.has_metadata else None
+    if matrix is not None:
+        line["embeddings_b64"] = base64.b64encode(np.ascontiguousarray(matrix, "<f4").data).decode()
+        line["shape"] = [int(matrix.shape[0]), int(matrix.shape[1])]
+    return wire.encode(line) + b"\n"
+
+
+_ADMIN: dict[str, Any] = {"tag": "history", "scope": "admin", "group": "history"}
+_READ: dict[str, Any] = {"tag": "history", "scope": "search", "group": "history"}
+_ALIASES: dict[str, Any] = {"tag": "aliases", "group": "history"}
+_MOVED = {"name": "papers", "generation": 7, "num_documents": 120}
+
+ENDPOINTS = (
+    Endpoint(
+        method="GET",
+        path="/indices/{name}/generations",
+        name="list_generations",
+        handle=generations,
+        summary="Kept generations, newest first",
+        answer=wire.Generations,
+        answer_example={
+            "generations": [
+                {
+                    "generation": 1,
+                    "created_at": "2026-11-23T08:00:00Z",
+                    "cause": "add 2 documents",
+                    "num_documents": 2,
+                    "num_segments": 1,
+                    "pins": [],
+                    "current": True,
+                }
+            ]
+        },
+        errors=("INDEX_NOT_FOUND",),
+        **_READ,
+    ),
+    Endpoint(
+        method="GET",
+        path="/indices/{name}/pins",
+        name="list_pins",
+        handle=list_pins,
+        summary="Named generations that garbage collection keeps",
+        answer=wire.Pins,
+        answer_example={"pins": [{"pin": "before-import", "generation": 3, "created_at": "2026-11-23T08:00:00Z", "note": ""}]},
+        errors=("INDEX_NOT_FOUND",),
+        **_READ,
+    ),
+    Endpoint(
+        method="POST",
+        path="/indices/{name}/pins",
+        name="add_pin",
+        handle=add_pin,
+        summary="Keep a generation under a name",
+        body=wire.PinRequest,
+        answer=wire.PinLine,
+        request_example={"pin": "before-import", "note": "nightly"},
+        answer_example={"pin": "before-import", "generation": 3, "created_at": "2026-11-23T08:00:00Z", "note": "nightly"},
+        errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND", "CONFLICT"),
+        **_ADMIN,
+    ),
+    Endpoint(
+        method="DELETE",
+        path="/indices/{name}/pins/{pin}",
+        name="remove_pin",
+        handle=remove_pin,
+        summary="Forget a pin",
+        answer=wire.Deleted,
+        answer_example={"deleted": True, "name": "before-import"},
+        errors=("INDEX_NOT_FOUND", "PIN_NOT_FOUND"),
+        **_ADMIN,
+    ),
+    Endpoint(
+        method="POST",
+        path="/indices/{name}/rollback",
+        name="rollback",
+        handle=rollback,
+        summary="Make an old generation current again, as a new one",
+        body=wire.RollbackRequest,
+        answer=wire.MovedTo,
+        request_example={"pin": "before-import"},
+        answer_example=_MOVED,
+        errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND", "PIN_NOT_FOUND", "CONFLICT"),
+        **_ADMIN,
+    ),
+    Endpoint(
+        method="POST",
+        path="/indices/{name}/branch",
+        name="branch",
+        handle=branch,
+        summary="A new index over the same documents, without copying them",
+        body=wire.BranchRequest,
+        answer=wire.MovedTo,
+        request_example={"name": "papers-test"},
+        answer_example=_MOVED,
+        errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND", "INDEX_ALREADY_EXISTS", "CONFLICT"),
+        **_ADMIN,
+    ),
+    Endpoint(
+        method="GET",
+        path="/aliases",
+        name="list_aliases",
+        handle=list_aliases,
+        summary="Every alias and the index that it stands for",
+        answer=wire.AliasLines,
+        answer_example={"aliases": [{"alias": "live", "index": "papers-7"}]},
+        scope="search",
+        **_ALIASES,
+    ),
+    Endpoint(
+        method="GET",
+        path="/aliases/{alias}",
+        name="get_alias",
+        handle=get_alias,
+        summary="The index that an alias stands for",
+        answer=wire.AliasLine,
+        answer_example={"alias": "live", "index": "papers-7"},
+        errors=("ALIAS_NOT_FOUND",),
+        scope="search",
+        **_ALIASES,
+    ),
+    Endpoint(
+        method="PUT",
+        path="/aliases/{alias}",
+        name="put_alias",
+        handle=put_alias,
+        summary="Point an alias at an index, in one step for everybody",
+        body=wire.AliasRequest,
+        answer=wire.AliasLine,
+        request_example={"index": "papers-8"},
+        answer_example={"alias": "live", "index": "papers-8"},
+        errors=("INDEX_NOT_FOUND", "INDEX_ALREADY_EXISTS", "CONFLICT"),
+        scope="admin",
+        **_ALIASES,
+    ),
+    Endpoint(
+        method="DELETE",
+        path="/aliases/{alias}",
+        name="delete_alias",
+        handle=delete_alias,
+        summary="Forget an alias; its index stays",
+        answer=wire.Deleted,
+        answer_example={"deleted": True, "name": "live"},
+        errors=("ALIAS_NOT_FOUND",),
+        scope="admin",
+        **_ALIASES,
+    ),
+    Endpoint(
+        method="POST",
+        path="/indices/{name}/warm",
+        name="warm",
+        handle=warm,
+        summary="Bring an index into this process's memory, as far as its budget goes",
+        answer=wire.Warmed,
+        answer_example={"name": "papers", "generation": 7, "memory_usage_bytes": 1048576},
+        errors=("INDEX_NOT_FOUND",),
+        **_READ,
+    ),
+    Endpoint(
+        method="POST",
+        path="/indices/{name}/recall",
+        name="recall",
+        handle=recall,
+        summary="Self test: recall of the search against exhaustive search over the stored vectors",
+        body=wire.RecallRequest,
+        is_body_optional=True,
+        answer=wire.RecallAnswer,
+        request_example={"n_queries": 16, "top_k": 10},
+        answer_example={"num_queries": 16, "top_k": 10, "recall": 0.99, "worst": 0.9, "generation": 7},
+        errors=("INDEX_NOT_FOUND", "PAYLOAD_TOO_LARGE"),
+        **{**_ADMIN, "group": "selftest"},
+    ),
+    Endpoint(
+        method="GET",
+        path="/indices/{name}/export",
+        name="export",
+        handle=export,
+        summary="Every document as one line of JSON; ?vectors=false leaves the vectors out",
+        answer="application/x-ndjson",
+        answer_example='{"document_id":0,"metadata":{"_subset_":0},"embeddings_b64":"...","shape":[12,128]}\n',
+        errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND"),
+        description="The generation in force when the request came is exported, whatever is written meanwhile.",
+        **_READ,
+    ),
+)

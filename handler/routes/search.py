@@ -1,0 +1,375 @@
+"""The four searches: semantic, keyword, hybrid, by vectors or by texts, filtered or not. All go through `_search`.
+
+The order of the checks is API.md's (11, a to g), so that a client that expects a certain refusal gets that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.index.reader import Snapshot
+from engine.index.snapshots import generation_at_time
+from engine.scoring.fusion import fuse
+from engine.searcher import Answer, SearchStats
+from handler import wire
+from handler.problems import Problem, bad_request, index_not_found, metadata_not_found
+from handler.routes.encoding import encode_queries
+from handler.routes.endpoint import Call, Endpoint, Reply
+
+FUSIONS = ("relative_score", "rrf")
+DEFAULT_ALPHA = 0.75
+HYBRID_OVERFETCH = 3
+"""Each side of a hybrid search gives this many times top_k (NextPlaid's)."""
+USD_PER_GET = 0.4e-6
+"""S3 standard, list price of a GET; transfer within a region is free."""
+
+
+@dataclass(slots=True)
+class _Query:
+    """A search request of any of the four kinds. `vectors` gives float32 (Q, D) each; it is called where API.md converts embeddings."""
+
+    n_vectors: int
+    vectors: Callable[[], list[np.ndarray]]
+    texts: Sequence[str]
+    params: wire.Params
+    subset: Sequence[int] | None
+    condition: str | None
+    parameters: Sequence[Any]
+    alpha: float | None
+    fusion: str | None
+    options: wire._Extensions
+
+    @property
+    def is_hybrid(self) -> bool:
+        return bool(self.n_vectors and self.texts)
+
+
+async def search(call: Call) -> Reply:
+    body: wire.SearchRequest = call.body
+    queries = body.queries or []
+    query = _Query(
+        len(queries),
+        lambda: wire.query_matrices(queries),
+        body.text_query or [],
+        body.params,
+        body.subset,
+        body.filter_condition,
+        body.filter_parameters or [],
+        body.alpha,
+        body.fusion,
+        body,
+    )
+    return await _search(call, query)
+
+
+async def search_filtered(call: Call) -> Reply:
+    body: wire.FilteredSearchRequest = call.body
+    if not body.queries:
+        raise bad_request("queries is empty")
+    query = _Query(
+        len(body.queries),
+        lambda: wire.query_matrices(body.queries),
+        [],
+        body.params,
+        None,
+        body.filter_condition,
+        body.filter_parameters,
+        None,
+        None,
+        body,
+    )
+    return await _search(call, query)
+
+
+async def search_texts(call: Call) -> Reply:
+    body: wire.TextSearchRequest | wire.FilteredTextSearchRequest = call.body
+    if not body.queries:
+        raise bad_request("queries is empty")
+    _check_n_queries(call, len(body.queries))
+    vectors = await encode_queries(call, body.queries)
+    query = _Query(
+        len(vectors),
+        lambda: vectors,
+        body.text_query or [],
+        body.params,
+        body.subset if isinstance(body, wire.TextSearchRequest) else None,
+        body.filter_condition if isinstance(body, wire.FilteredTextSearchRequest) else None,
+        body.filter_parameters if isinstance(body, wire.FilteredTextSearchRequest) else [],
+        body.alpha,
+        body.fusion,
+        body,
+    )
+    return await _search(call, query)
+
+
+async def _search(call: Call, query: _Query) -> Reply:
+    _check_shape(call, query)
+    snapshot = await _snapshot(call, query)
+    is_filled = snapshot is not None and snapshot.dim is not None
+    subset: np.ndarray | None = None
+    if query.condition is not None:
+        if snapshot is None or not is_filled:
+            raise metadata_not_found(call.name)
+        subset = await selected(snapshot, query.condition, query.parameters, prefix="invalid filter condition: ")
+    elif query.subset is not None:
+        subset = wire.subset_ids(query.subset)
+    vectors = await call.compute(query.vectors)
+    if vectors and not is_filled:
+        raise index_not_found(call.name)
+    if vectors:
+        assert snapshot is not None
+        wire.check_dimensions(vectors, snapshot.dim)
+    if query.is_hybrid and len(query.texts) != 1:
+        raise bad_request(f"hybrid search takes one query and one text query, found {len(query.texts)} text queries")
+    call.record.facts["queries"] = len(vectors) or len(query.texts)
+    if snapshot is None or not is_filled:
+        return _reply([wire.QueryResult(i, [], [], []) for i in range(len(query.texts))])
+    return await _run(call, snapshot, query, vectors, subset)
+
+
+def _check_shape(call: Call, query: _Query) -> None:
+    """Checks (a) to (d)."""
+    if not query.n_vectors and not query.texts:
+        raise bad_request("at least one of queries and text_query is needed")
+    if query.alpha is not None and not 0.0 <= query.alpha <= 1.0:
+        raise bad_request(f"alpha is between 0 and 1, found {query.alpha}")
+    if query.fusion is not None and query.fusion not in FUSIONS:
+        raise bad_request("fusion is relative_score or rrf")
+    if query.is_hybrid and query.n_vectors != 1:
+        raise bad_request(f"hybrid search takes one query and one text query, found {query.n_vectors} queries")
+    _check_n_queries(call, max(query.n_vectors, len(query.texts)))
+
+
+def _check_n_queries(call: Call, n_queries: int) -> None:
+    if n_queries > call.runtime.settings.max_queries:
+        raise Problem("PAYLOAD_TOO_LARGE", f"{n_queries} queries in one request, at most {call.runtime.settings.max_queries} are served")
+
+
+async def _snapshot(call: Call, query: _Query) -> Snapshot | None:
+    """The generation to search; None if there is no such index, which is not an error to every search."""
+    options = query.options
+    max_age_s = options.max_age_s if options.consistency == "eventual" else 0.0
+    try:
+        return await call.snapshot(max_age_s=max_age_s, generation=await _generation(call, options.as_of))
+    except Problem as problem:
+        if problem.code == "INDEX_NOT_FOUND":
+            return None
+        raise
+
+
+async def _generation(call: Call, as_of: int | str | None) -> int | None:
+    if not isinstance(as_of, str):
+        return as_of
+    time_s = wire.parse_time(as_of)
+    return await generation_at_time(call.runtime.store, (await call.snapshot()).index, time_s)
+
+
+async def selected(snapshot: Snapshot, condition: str, parameters: Sequence[Any], *, prefix: str = "") -> np.ndarray:
+    """Ids that meet a condition, int64 ascending. In an index without columns only conditions on `_subset_` mean anything;
+    for any other there is no metadata to look at: Problem METADATA_NOT_FOUND."""
+    try:
+        return await snapshot.select(condition, parameters)
+    except InvalidRequest as error:
+        if not snapshot.has_metadata:
+            raise metadata_not_found(snapshot.index) from error
+        raise bad_request(f"{prefix}{error}") from error
+
+
+async def _run(call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.ndarray], subset: np.ndarray | None) -> Reply:
+    top_k = wire.search_params(query.params, snapshot.n_documents).k
+    if top_k == 0:
+        return _reply([wire.QueryResult(i, [], [], []) for i in range(len(vectors) or len(query.texts))])
+    if query.is_hybrid:
+        kind, results = "hybrid", [await _hybrid(call, snapshot, query, vectors[0], subset)]
+    elif vectors:
+        kind, results = "semantic", await _semantic(call, snapshot, query, vectors, subset)
+    else:
+        kind, found = "keyword", await _keyword(snapshot, query.texts, top_k, subset)
+        results = [await _from_ids(call, snapshot, query, i, ids, scores) for i, (ids, scores) in enumerate(found)]
+    metrics = call.runtime.metrics
+    if metrics is not None:
+        work = {name: count for name, count in call.record.facts.items() if name not in ("queries", "cold_segments")}
+        work |= {"rounds": call.cost.rounds, "requests": call.cost.n_requests, "bytes": call.cost.bytes_read}
+        metrics.searched(snapshot.index, kind, len(results), call.record.stages_ms, work, call.record.facts.get("cold_segments", 0))
+    return _reply(results)
+
+
+async def _semantic(
+    call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.ndarray], subset: np.ndarray | None
+) -> list[wire.QueryResult]:
+    params = wire.search_params(query.params, snapshot.n_documents)
+    answers = await call.runtime.searcher.search(snapshot, vectors, params, subset=subset, explain=query.options.explain)
+    _note(call, answers)
+    return [_result(call, snapshot, query, i, answer) for i, answer in enumerate(answers)]
+
+
+def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer: Answer) -> wire.QueryResult:
+    rows: list[wire.Row | None] = list(answer.rows) if snapshot.has_metadata else [None] * len(answer.ids)
+    result = wire.QueryResult(query_id, answer.ids.tolist(), answer.scores.tolist(), rows)
+    if query.options.with_ids:
+        result.ids = list(answer.keys)
+    if query.options.explain:
+        result.explain = _explanation(call, snapshot, answer.stats, list(answer.matches or []))
+    return result
+
+
+def _explanation(call: Call, snapshot: Snapshot, stats: SearchStats, matches: list[list[tuple[int, float]] | None]) -> wire.Explanation:
+    """Stage figures are the query's; what the store was asked is the whole request's, opening the index included."""
+    cost = wire.QueryCost(
+        stages_ms=stats.times_ms,
+        candidates=stats.n_candidates,
+        reranked=stats.n_reranked,
+        tokens_scored=stats.n_tokens_scored,
+        rounds=call.cost.rounds,
+        requests=call.cost.n_requests,
+        bytes=call.cost.bytes_read,
+        cold=stats.n_cold_segments > 0,
+        estimated_usd=call.cost.n_requests * USD_PER_GET,
+    )
+    return wire.Explanation(snapshot.manifest.generation, cost, matches)
+
+
+async def _keyword(snapshot: Snapshot, texts: Sequence[str], k: int, subset: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The keyword side. An index without columns has no text to search: no hits."""
+    if not snapshot.has_metadata:
+        return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(texts)
+    return await snapshot.keyword(texts, k, subset)
+
+
+async def _from_ids(call: Call, snapshot: Snapshot, query: _Query, query_id: int, ids: np.ndarray, scores: np.ndarray) -> wire.QueryResult:
+    """A result whose rows are still to be read."""
+    rows: list[wire.Row | None] = await snapshot.rows(ids) if snapshot.has_metadata else [None] * len(ids)
+    result = wire.QueryResult(query_id, ids.tolist(), scores.tolist(), rows)
+    if query.options.with_ids:
+        result.ids = await _keys(snapshot, ids)
+    if query.options.explain:
+        result.explain = _explanation(call, snapshot, SearchStats(), [None] * len(ids))
+    return result
+
+
+async def _keys(snapshot: Snapshot, ids: np.ndarray) -> list[str | None]:
+    """External ids of documents."""
+    found: dict[int, str | None] = {}
+    for ref in snapshot.segments:
+        ordinals = await snapshot.parts.live_ordinals_of(snapshot.index, ref, np.sort(ids))
+        if len(ordinals):
+            own_ids = (await snapshot.parts.ids(snapshot.index, ref))[ordinals]
+            stored = await snapshot.parts.fields(snapshot.index, ref, ordinals)
+            found.update((document_id, key) for document_id, (key, _) in zip(own_ids.tolist(), stored, strict=True))
+    return [found.get(document_id) for document_id in ids.tolist()]
+
+
+async def _hybrid(call: Call, snapshot: Snapshot, query: _Query, vectors: np.ndarray, subset: np.ndarray | None) -> wire.QueryResult:
+    """Both sides over-fetched, fused. Without columns there is no keyword side and the semantic scores stay as they are."""
+    top_k = wire.search_params(query.params, snapshot.n_documents).k
+    if not snapshot.has_metadata:
+        return (await _semantic(call, snapshot, query, [vectors], subset))[0]
+    wide = msgspec.structs.replace(query.params, top_k=HYBRID_OVERFETCH * top_k)
+    params = wire.search_params(wide, snapshot.n_documents)
+    semantic, keyword = await asyncio.gather(
+        call.runtime.searcher.search(snapshot, [vectors], params, subset=subset, explain=query.options.explain, with_rows=False),
+        _keyword(snapshot, query.texts, HYBRID_OVERFETCH * top_k, subset),
+    )
+    _note(call, semantic)
+    answer, (keyword_ids, keyword_scores) = semantic[0], keyword[0]
+    alpha = DEFAULT_ALPHA if query.alpha is None else query.alpha
+    method: Any = query.fusion or FUSIONS[0]
+    ids, scores = fuse(method, answer.ids, answer.scores, keyword_ids, keyword_scores, alpha, top_k)
+    result = await _from_ids(call, snapshot, query, 0, ids, scores)
+    if query.options.explain:
+        known = dict(zip(answer.ids.tolist(), answer.matches or [], strict=False))
+        result.explain = _explanation(call, snapshot, answer.stats, [known.get(document_id) for document_id in ids.tolist()])
+    return result
+
+
+def _note(call: Call, answers: Sequence[Answer]) -> None:
+    """What the queries cost, for the log and the metrics."""
+    facts, stages = call.record.facts, call.record.stages_ms
+    for answer in answers:
+        stats = answer.stats
+        for stage, ms in stats.times_ms.items():
+            stages[stage] = stages.get(stage, 0.0) + ms
+        counts = {"candidates": stats.n_candidates, "reranked": stats.n_reranked, "tokens": stats.n_tokens_scored}
+        counts["cold_segments"] = stats.n_cold_segments
+        for name, count in counts.items():
+            facts[name] = facts.get(name, 0) + count
+
+
+def _reply(results: list[wire.QueryResult]) -> Reply:
+    return Reply(wire.SearchAnswer(results, len(results)))
+
+
+_VECTORS = {"embeddings": [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]}
+_PARAMS = {"top_k": 10, "n_ivf_probe": 8, "n_full_scores": 4096, "centroid_score_threshold": None}
+_ANSWER = {
+    "results": [
+        {
+            "query_id": 0,
+            "document_ids": [3, 0],
+            "scores": [1.87, 1.2],
+            "metadata": [{"_subset_": 3, "title": "warp"}, {"_subset_": 0, "title": "weft"}],
+        }
+    ],
+    "num_queries": 1,
+}
+_COMMON: dict[str, Any] = {
+    "method": "POST",
+    "answer": wire.SearchAnswer,
+    "answer_example": _ANSWER,
+    "tag": "search",
+    "scope": "search",
+    "group": "search",
+    "is_rate_limited": True,
+}
+
+ENDPOINTS = (
+    Endpoint(
+        path="/indices/{name}/search",
+        name="search",
+        handle=search,
+        summary="Search by vectors, by keywords, or by both",
+        body=wire.SearchRequest,
+        request_example={"queries": [_VECTORS], "params": _PARAMS},
+        errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "DIMENSION_MISMATCH", "GENERATION_NOT_FOUND"),
+        description="Hybrid search takes exactly one query and one text query. filter_condition replaces subset. "
+        "consistency, max_age_s, as_of, explain and with_ids are extensions.",
+        **_COMMON,
+    ),
+    Endpoint(
+        path="/indices/{name}/search/filtered",
+        name="search_filtered",
+        handle=search_filtered,
+        summary="Search by vectors among the documents that meet a condition",
+        body=wire.FilteredSearchRequest,
+        request_example={"queries": [_VECTORS], "filter_condition": "year > ?", "filter_parameters": [2020]},
+        errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "DIMENSION_MISMATCH", "GENERATION_NOT_FOUND"),
+        **_COMMON,
+    ),
+    Endpoint(
+        path="/indices/{name}/search_with_encoding",
+        name="search_with_encoding",
+        handle=search_texts,
+        summary="Search by texts, which the server encodes",
+        body=wire.TextSearchRequest,
+        request_example={"queries": ["what is a tartan"]},
+        errors=("INDEX_NOT_FOUND", "DIMENSION_MISMATCH", "MODEL_NOT_LOADED", "MODEL_ERROR", "GENERATION_NOT_FOUND"),
+        **_COMMON,
+    ),
+    Endpoint(
+        path="/indices/{name}/search/filtered_with_encoding",
+        name="search_filtered_with_encoding",
+        handle=search_texts,
+        summary="Search by texts among the documents that meet a condition",
+        body=wire.FilteredTextSearchRequest,
+        request_example={"queries": ["what is a tartan"], "filter_condition": "year > ?", "filter_parameters": [2020]},
+        errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "DIMENSION_MISMATCH", "MODEL_NOT_LOADED", "MODEL_ERROR", "GENERATION_NOT_FOUND"),
+        **_COMMON,
+    ),
+)

@@ -1,0 +1,435 @@
+"""Settings, read once from the environment, and Runtime: what lives as long as the process, each part made when first needed.
+
+This is the only module that reads the environment (numeric libraries and obstore read OMP_*, AWS_* and the like on their own). Nothing here
+runs in the ASGI lifespan: under Mangum that would be every invocation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported: one BLAS thread a worker, threads are across segments
+
+from engine.config import MaintenanceParams
+from engine.errors import EngineError
+from engine.format import names
+from engine.index.aliases import Aliases
+from engine.index.reader import Reader
+from engine.searcher import Searcher
+from engine.store.base import ObjectStore
+from engine.store.wrappers import CountingStore
+from handler.auth import Gate, parse_records
+from handler.logs import make_logger
+
+if TYPE_CHECKING:
+    from engine.encoding.batching import BatchingEncoder
+    from engine.encoding.encoder import Encoder, ModelInfo
+    from handler.metrics import Metrics
+
+
+LEXICAL_MODEL = "hashing"
+"""The model setting that chooses the built-in encoder."""
+_MODEL_INFO_WAIT_S = 5.0
+_SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One line of the table: the field of Settings, its environment variables (the first that is set wins), its meaning."""
+
+    field: str
+    variables: tuple[str, ...]
+    meaning: str
+    parse: Callable[[str], Any]
+
+    @property
+    def default(self) -> Any:
+        return _DEFAULTS[self.field]
+
+
+def _bool(text: str) -> bool:
+    value = text.strip().lower()
+    if value in ("true", "1", "yes", "on"):
+        return True
+    if value in ("false", "0", "no", "off", ""):
+        return False
+    raise ValueError("expected true or false")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError("expected a positive integer")
+    return value
+
+
+def _natural(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise ValueError("expected an integer that is not negative")
+    return value
+
+
+def _seconds(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise ValueError("expected seconds")
+    return value
+
+
+def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: parse(text) if text.strip() else None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment's choices. Defaults stand here; SETTINGS has names and meanings."""
+
+    index_dir: str = "./indices"
+    s3_endpoint: str = ""
+    aws_profile: str = ""
+    fsync: bool = True
+    host: str = "0.0.0.0"
+    port: int = 8080
+    workers: int = 1
+    model: str = ""
+    model_int8: bool = False
+    query_length: int | None = None
+    document_length: int | None = None
+    encoder_threads: int | None = None
+    max_batch_texts: int = 64
+    start_from_scratch: int = 999
+    rate_limit_enabled: bool = False
+    rate_limit_per_second: float = 50.0
+    rate_limit_burst: int = 100
+    concurrency_limit: int = 100
+    queue_wait_s: float = 30.0
+    short_timeout_s: float = 30.0
+    timeout_s: float = 300.0
+    max_body_bytes: int = 100 << 20
+    max_bodies_bytes: int = 512 << 20
+    max_queries: int = 1000
+    memory_bytes: int = 512 << 20
+    cache_dir: str = ""
+    cache_bytes: int = 2 << 30
+    search_threads: int = 0
+    path_prefix: str = ""
+    api_keys: str = ""
+    api_keys_file: str = ""
+    open_areas: tuple[str, ...] = ("health", "docs")
+    cors: bool = True
+    gzip_min_bytes: int = 1024
+    metrics: bool = True
+    log_level: str = "info"
+    warm: tuple[str, ...] = ()
+    compact: bool = True
+    maintenance_interval_s: float = 30.0
+    drain_s: float = 5.0
+    trust_proxy: bool = False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Settings from the environment; `overrides` (a command line) win, those that are None do not count.
+
+        Raises ValueError naming the variable that cannot be read. A variable that is set but blank counts as not set.
+        """
+        environment = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        for setting in SETTINGS:
+            for variable in setting.variables:
+                text = environment.get(variable, "")
+                if not text.strip():
+                    continue
+                try:
+                    values[setting.field] = setting.parse(text)
+                except ValueError as error:
+                    raise ValueError(f"{variable}={text!r}: {error}") from error
+                break
+        values.update({name: value for name, value in overrides.items() if value is not None})
+        return cls(**values)
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that would give these settings; for child processes."""
+        return {setting.variables[0]: _spell(getattr(self, setting.field)) for setting in SETTINGS}
+
+
+def _spell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+_DEFAULTS: dict[str, Any] = msgspec.structs.asdict(Settings())
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("index_dir", ("TARTAN_INDEX_DIR", "INDEX_DIR"), "where indices lie: a directory or s3://bucket/prefix", str),
+    Setting("s3_endpoint", ("TARTAN_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "URL of an S3-compatible server", str),
+    Setting("aws_profile", ("TARTAN_AWS_PROFILE",), "profile whose credentials to use; needs the extra `aws`", str),
+    Setting("fsync", ("TARTAN_FSYNC",), "directories: an acknowledged write survives a power failure", _bool),
+    Setting("host", ("TARTAN_HOST",), "address to listen on", str),
+    Setting("port", ("TARTAN_PORT",), "port to listen on", _positive),
+    Setting("workers", ("TARTAN_WORKERS",), "server processes; each has caches of its own", _positive),
+    Setting("model", ("TARTAN_MODEL",), "encoder: a folder, s3://, a hub name, or 'hashing' (built in, lexical); empty for none", str),
+    Setting("model_int8", ("TARTAN_MODEL_INT8",), "load model_int8.onnx instead of model.onnx", _bool),
+    Setting("query_length", ("TARTAN_QUERY_LENGTH",), "tokens of a query; empty leaves it to the model", _optional(_positive)),
+    Setting("document_length", ("TARTAN_DOCUMENT_LENGTH",), "tokens of a document; empty leaves it to the model", _optional(_positive)),
+    Setting(
+        "encoder_threads",
+        ("TARTAN_ENCODER_THREADS", "NEXT_PLAID_TOKENIZER_THREADS"),
+        "threads of the encoder; empty lets it choose",
+        _optional(_positive),
+    ),
+    Setting("max_batch_texts", ("MAX_BATCH_TEXTS",), "texts of concurrent requests that are encoded together", _positive),
+    Setting(
+        "start_from_scratch", ("INDEX_DEFAULT_START_FROM_SCRATCH",), "echoed in the configuration of new indices; binds nothing", _natural
+    ),
+    Setting("rate_limit_enabled", ("RATE_LIMIT_ENABLED",), "limit requests per client address and process", _bool),
+    Setting("rate_limit_per_second", ("RATE_LIMIT_PER_SECOND",), "requests a second that a client gains", _seconds),
+    Setting("rate_limit_burst", ("RATE_LIMIT_BURST_SIZE",), "requests that a client may save up", _positive),
+    Setting("concurrency_limit", ("CONCURRENCY_LIMIT",), "requests at work in each group of routes; more wait", _positive),
+    Setting("queue_wait_s", ("TARTAN_QUEUE_WAIT_S",), "longest wait for a place before 503", _seconds),
+    Setting("short_timeout_s", ("TARTAN_SHORT_TIMEOUT_S",), "time limit of health and of listing and describing indices", _seconds),
+    Setting("timeout_s", ("TARTAN_TIMEOUT_S",), "time limit of everything else", _seconds),
+    Setting("max_body_bytes", ("TARTAN_MAX_BODY_BYTES",), "largest request body (DELETE: 2 MiB)", _positive),
+    Setting("max_bodies_bytes", ("TARTAN_MAX_BODIES_BYTES",), "request bodies held at once; more wait", _positive),
+    Setting("max_queries", ("TARTAN_MAX_QUERIES",), "most queries in one request", _positive),
+    Setting("memory_bytes", ("TARTAN_MEMORY_BYTES",), "decoded segments and codecs kept in memory, per process", _natural),
+    Setting("cache_dir", ("TARTAN_CACHE_DIR",), "folder for a cache of the store's bytes; empty for none", str),
+    Setting("cache_bytes", ("TARTAN_CACHE_BYTES",), "size of that cache", _positive),
+    Setting("search_threads", ("TARTAN_SEARCH_THREADS",), "threads for arithmetic, per process; 0 for one per core", _natural),
+    Setting(
+        "path_prefix", ("TARTAN_PATH_PREFIX",), "path in front of every route, such as an API Gateway stage; also served without it", str
+    ),
+    Setting("api_keys", ("TARTAN_API_KEYS",), "JSON list of key records; access control is on when there is one", str),
+    Setting("api_keys_file", ("TARTAN_API_KEYS_FILE",), "file with such a list", str),
+    Setting("open_areas", ("TARTAN_OPEN_AREAS",), "of health, docs and metrics, those that need no key", _names),
+    Setting("cors", ("TARTAN_CORS",), "let browsers of any origin call", _bool),
+    Setting(
+        "gzip_min_bytes",
+        ("TARTAN_GZIP_MIN_BYTES",),
+        "answers from this size are compressed for clients that accept it; 0 for never",
+        _natural,
+    ),
+    Setting("metrics", ("TARTAN_METRICS",), "serve /metrics", _bool),
+    Setting("log_level", ("TARTAN_LOG_LEVEL", "RUST_LOG"), "debug, info, warning, error or off", str),
+    Setting("warm", ("TARTAN_WARM",), "indices to bring into memory when a server starts, by name", _names),
+    Setting("compact", ("TARTAN_COMPACT",), "let a server compact and collect garbage in the background", _bool),
+    Setting("maintenance_interval_s", ("TARTAN_MAINTENANCE_INTERVAL_S",), "how often it looks for work", _seconds),
+    Setting("drain_s", ("TARTAN_DRAIN_S",), "on SIGTERM, how long health says 503 before the server stops listening", _seconds),
+    Setting("trust_proxy", ("TARTAN_TRUST_PROXY",), "take a client's address from X-Forwarded-For", _bool),
+)
+"""Every setting, in the order of the manual. Tests compare it with template.yaml, infra/ and the README."""
+
+
+class Runtime:
+    """What a process holds: settings, store, caches, reader, searcher, encoder, gate, metrics, log. One event loop at a time.
+
+    `store` replaces the one that the settings name, for tests and for embedding.
+    `draining` is asked by health and readiness; the server sets it.
+    """
+
+    def __init__(self, settings: Settings, *, store: ObjectStore | None = None) -> None:
+        self.settings = settings
+        self._given_store = store
+        self._loading: asyncio.Future[BatchingEncoder] | None = None
+        self._is_warming = False
+        self.is_draining: Callable[[], bool] = lambda: False
+        self.maintenance = MaintenanceParams()
+
+    @cached_property
+    def counting(self) -> CountingStore:
+        """The paid-for requests pass here, beneath the cache."""
+        return CountingStore(self._given_store or open_at(self.settings.index_dir, self.settings))
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        if not self.settings.cache_dir:
+            return self.counting
+        from engine.store.cache import CachedStore
+
+        return CachedStore(self.counting, self.settings.cache_dir, budget_bytes=self.settings.cache_bytes, cacheable=_never_changes)
+
+    @cached_property
+    def executor(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.settings.search_threads or n_cores(), thread_name_prefix="tartan")
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.store, memory_bytes=self.settings.memory_bytes, executor=self.executor, counter=self.counting)
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        return Searcher(self.reader)
+
+    @cached_property
+    def aliases(self) -> Aliases:
+        return Aliases(self.store)
+
+    @cached_property
+    def gate(self) -> Gate:
+        """Access control. ValueError if the configured records cannot be read: better no server than an open one."""
+        text = self.settings.api_keys
+        if self.settings.api_keys_file:
+            text = Path(self.settings.api_keys_file).read_text(encoding="utf-8")
+        return Gate(parse_records(text), frozenset(self.settings.open_areas))
+
+    @cached_property
+    def metrics(self) -> Metrics | None:
+        if not self.settings.metrics:
+            return None
+        from handler.metrics import Metrics
+
+        return Metrics(shared=_SHARED_METRICS in os.environ)
+
+    @cached_property
+    def log(self) -> Any:
+        return make_logger(self.settings.log_level)
+
+    @property
+    def has_model(self) -> bool:
+        return self.settings.model not in ("", "none")
+
+    async def encoder(self) -> BatchingEncoder:
+        """The encoder, loaded on first use; concurrent first uses share the load. A failed load is tried again by the next caller."""
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(load_encoder(self.settings))
+        try:
+            return await asyncio.shield(self._loading)
+        except Exception:
+            self._loading = None
+            raise
+
+    async def model_info(self) -> ModelInfo | None:
+        """What the model says of itself; None without a model, or if it takes longer to load than health may wait."""
+        if not self.has_model:
+            return None
+        try:
+            async with asyncio.timeout(_MODEL_INFO_WAIT_S):
+                return (await self.encoder()).info
+        except (TimeoutError, EngineError):
+            return None
+
+    async def warm_up(self) -> None:
+        """Load the model and the indices that the settings name; readiness waits for it. A failure is logged, not fatal."""
+        self._is_warming = True
+        try:
+            if self.has_model:
+                await self.encoder()
+            for name in self.settings.warm:
+                snapshot = await self.reader.snapshot(name)
+                await self.searcher.warm(snapshot)
+                self.log.info("warmed", index=name, generation=snapshot.manifest.generation)
+        except EngineError as error:
+            self.log.error("warm-up failed", error=str(error))
+        finally:
+            self._is_warming = False
+
+    def is_warm(self) -> bool:
+        return not self._is_warming
+
+    def count_process(self) -> None:
+        """Bring the process's own counts into the metrics."""
+        if self.metrics is None:
+            return
+        cache = getattr(self.store, "stats", None)
+        hits, misses = (cache.hits, cache.misses) if cache is not None else (0, 0)
+        self.metrics.set_process(self.counting.total, self.reader.parts.memory.used_bytes, hits, misses)
+
+    def close(self) -> None:
+        """Let go of threads. The store needs no closing."""
+        if "executor" in self.__dict__:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def open_at(url: str, settings: Settings) -> ObjectStore:
+    """The store behind a URL, reached as the settings say."""
+    from engine.store.objects import StoreOptions, open_store
+
+    options = StoreOptions(endpoint=settings.s3_endpoint or None, profile=settings.aws_profile or None, fsync=settings.fsync)
+    return open_store(url, options)
+
+
+async def load_encoder(settings: Settings) -> BatchingEncoder:
+    """The encoder that the settings name. Imports and loading happen on a thread; onnxruntime only where it is used."""
+    from engine.encoding.batching import BatchingEncoder
+
+    encoder = await asyncio.to_thread(_open_encoder, settings, await _model_folder(settings))
+    return BatchingEncoder(encoder, max_texts=settings.max_batch_texts)
+
+
+async def _model_folder(settings: Settings) -> Path | None:
+    """Where the model's files are, fetched if need be; None for the built-in encoder."""
+    model = settings.model
+    if model == LEXICAL_MODEL:
+        return None
+    from engine.encoding import folder
+
+    cache = Path(settings.cache_dir or tempfile.gettempdir()) / "tartan-models"
+    if "://" in model:
+        own = cache / hashlib.sha256(model.encode()).hexdigest()[:16]
+        store: Any = open_at(model, settings)
+        return await folder.load_from_store(store, "", own, int8=settings.model_int8)
+    return await asyncio.to_thread(folder.load_from_hub, model, int8=settings.model_int8, cache_dir=cache)
+
+
+def _open_encoder(settings: Settings, path: Path | None) -> Encoder:
+    if path is None:
+        from engine.encoding.hashing import LexicalEncoder
+
+        return LexicalEncoder()
+    from engine.encoding.onnx import OnnxEncoder
+
+    return OnnxEncoder(
+        path,
+        int8=settings.model_int8,
+        n_threads=settings.encoder_threads or 0,
+        query_length=settings.query_length,
+        document_length=settings.document_length,
+    )
+
+
+def share_metrics(folder: str) -> None:
+    """Let the workers of this process put their metrics into files of a folder: prometheus_client reads the variable when imported."""
+    os.environ[_SHARED_METRICS] = folder
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The environment of a maintenance child: this process's, the settings, one numeric thread, this source tree importable."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS"), "1")
+    kept = {name: value for name, value in os.environ.items() if name != _SHARED_METRICS}
+    return {**kept, **threads, **settings.to_environment(), "PYTHONPATH": paths}
+
+
+def _never_changes(name: str) -> bool:
+    """Whether an object of this name may be kept on disk: those with an id of their own, but for markers, which come and go."""
+    index, *rest = name.split("/")
+    return any(names.is_id(part) for part in rest) and not name.startswith((names.sweeps(index), names.builds(index)))
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def release() -> str:
+    """The version of Tartan that runs."""
+    try:
+        return version("tartan")
+    except PackageNotFoundError:
+        return "0.1.0"
