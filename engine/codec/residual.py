@@ -181,10 +181,10 @@ def train(
     nbits: int = 4,
     seed: int = 42,
     *,
-    levels: LevelKind = "uniform",
+    levels: LevelKind | None = None,
     n_clusters: int | None = None,
     iterations: int = kmeans.ITERATIONS,
-    shaped: bool = True,
+    shaped: bool | None = None,
     n_threads: int = 1,
 ) -> Codec:
     """Train a codec.
@@ -192,8 +192,8 @@ def train(
     sample          float32 or float16 (n, D), n >= 1, unit rows (zero rows are allowed): a random sample of the collection,
                     best kmeans.n_sample_tokens(n_tokens_total) of it; more is used in full
     n_tokens_total  tokens of the whole collection; gives the number of centroids
-    levels          "uniform" decodes 2.5 times faster than "lloyd" and loses nothing (README)
-    shaped          keep residual_moment, so that rounding errors are shaped
+    levels          "lloyd" or "uniform", which decodes a little faster; None: "lloyd" at 4 bits, where it is better, else "uniform" (README)
+    shaped          keep residual_moment, so that rounding errors are shaped; None: at 1 and 2 bits, where it helps (README)
     returns         Codec; the same for the same arguments on the same machine
 
     Raises InvalidRequest for an empty sample or a bad nbits.
@@ -201,7 +201,7 @@ def train(
     if sample.ndim != 2 or not sample.size:
         raise InvalidRequest("a codec is trained on at least one token", shape=sample.shape)
     dim = sample.shape[1]
-    cutoffs, level_values = quantiser(nbits, levels)
+    cutoffs, level_values = quantiser(nbits, levels or ("lloyd" if nbits == 4 else "uniform"))
     turn = rotation(dim, seed)
     rotated = np.asarray(sample, np.float32) @ turn
     wanted = n_clusters or kmeans.n_centroids(max(n_tokens_total, len(sample)))
@@ -221,7 +221,7 @@ def train(
         inv_table=np.zeros(256, np.float32),
         scale_table=np.zeros(256, np.float32),
     )
-    return _with_trained_constants(draft, rotated[:: max(1, len(rotated) // CONSTANTS_TOKENS)], shaped)
+    return _with_trained_constants(draft, rotated[:: max(1, len(rotated) // CONSTANTS_TOKENS)], nbits <= 2 if shaped is None else shaped)
 
 
 def _with_trained_constants(draft: Codec, rotated: np.ndarray, shaped: bool) -> Codec:

@@ -15,12 +15,13 @@ Unsatisfying: H is the same for all tokens of an index, and costs the codec a D 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 WHITE_SHARE = 0.1
-"""Identity mixed into H (whose mean eigenvalue is 1), so that no direction is given up; 0.03 to 1 measured, flat between 0.1 and 0.3."""
+"""Identity mixed into H (whose mean eigenvalue is 1), so that no direction is given up. 0.03, 0.1, 0.3 and 1 differed by noise on SciFact."""
 
 SMALLEST_MOMENT = 1e-12
 """Residuals of a mean square below this are rounding errors."""
@@ -65,19 +66,41 @@ def shaping_of(moment: np.ndarray, centroids: np.ndarray) -> Shaping:
 
 
 class Rounder:
-    """Nearest level of each number. Levels in equal steps are found by arithmetic, others by search."""
+    """Nearest level of each number. Levels in equal steps are found by arithmetic, others through a table of small cells.
+
+    A cell is narrower than the distance of two cutoffs, so it holds at most one: the table gives the bucket at the cell's lower end, and
+    one comparison decides whether the number lies above the next cutoff. Four times as fast as np.searchsorted, and as exact.
+    """
 
     def __init__(self, cutoffs: np.ndarray, levels: np.ndarray) -> None:
-        self.cutoffs, self.levels = cutoffs, levels
+        self.levels = levels
         self.step = float(levels[-1] - levels[0]) / (len(levels) - 1)
         self.is_uniform = bool(np.allclose(np.diff(levels), self.step, rtol=1e-4, atol=0))
+        if self.is_uniform:
+            return
+        reach = float(np.abs(cutoffs).max())
+        n_cells = math.ceil(2 * reach / (float(np.diff(cutoffs).min()) / 2)) + 2
+        self.cells_per_unit = np.float32(n_cells / (2 * reach))
+        lower_ends = np.arange(n_cells + 2) / float(self.cells_per_unit) - reach
+        # A quarter of a cell lower: float32 may put a number that lies just above a cell's lower end into it from just below.
+        self.bucket_of_cell = np.searchsorted(cutoffs, lower_ends - 0.25 / float(self.cells_per_unit)).astype(np.uint8)
+        self.middle = np.float32(reach * float(self.cells_per_unit))
+        self.next_cutoff = np.append(cutoffs, np.inf).astype(np.float32)
 
     def __call__(self, values: np.ndarray, buckets: np.ndarray) -> np.ndarray:
         """Write bucket numbers into `buckets` (uint8, any shape), overwrite `values` (float32, same shape) with their levels, return it."""
-        if not self.is_uniform:
-            buckets[...] = np.searchsorted(self.cutoffs, values)
-            np.take(self.levels, buckets, out=values, mode="clip")
-            return values
+        if self.is_uniform:
+            return self._round_uniform(values, buckets)
+        cells = values * self.cells_per_unit
+        cells += self.middle
+        np.clip(cells, 0, len(self.bucket_of_cell) - 1, out=cells)
+        np.take(self.bucket_of_cell, cells.astype(np.uint16), out=buckets, mode="clip")
+        np.take(self.next_cutoff, buckets, out=cells, mode="clip")
+        buckets += values > cells
+        np.take(self.levels, buckets, out=values, mode="clip")
+        return values
+
+    def _round_uniform(self, values: np.ndarray, buckets: np.ndarray) -> np.ndarray:
         top = len(self.levels) - 1
         values *= np.float32(1 / self.step)
         values += np.float32(top / 2)

@@ -11,6 +11,7 @@
     rotation            f32 (D, D)          x @ rotation is the codec's space
     coarse              f32 (M, D)          in the codec's space
     centroids           block per cell      n scales f32, then n centroids int8 (n, D): centroid = scale * int8
+    residual_moment     f32 (D, D)          absent at most settings: second moment of residuals, by which an encoder shapes its errors
 
 Block m of centroids starts at (D + 4) · cell_offsets[m], so a cell is one range. Everything before coarse is the *head*, one range.
 In CodecRef the coarse centroids stand rotated back and as float16: a query chooses its cells before it has fetched the rotation.
@@ -98,6 +99,7 @@ def write_codec(codec: Codec, codec_id: str, *, n_tokens_trained: int, home: str
             (Section.ROTATION, codec.rotation.astype("<f4")),
             (Section.COARSE, codec.coarse.astype("<f4")),
             (Section.CENTROIDS, b"".join(blocks)),
+            *([] if codec.residual_moment is None else [(Section.RESIDUAL_MOMENT, codec.residual_moment.astype("<f4"))]),
         ],
     )
     ref = _codec_ref(codec_id, home, meta, data.nbytes, sections, codec.coarse, codec.rotation, cell_offsets, checksums)
@@ -169,7 +171,13 @@ def read_codec(data: Buffer, *, name: str, ref: CodecRef | None = None) -> Codec
         levels=head.levels,
         inv_table=head.inv_table,
         scale_table=head.scale_table,
+        residual_moment=_read_moment(meta.dim, parts, name),
     )
+
+
+def _read_moment(dim: int, parts: dict[int, memoryview], name: str) -> np.ndarray | None:
+    """What an encoder needs to shape its errors, if the codec has it."""
+    return _array(parts, Section.RESIDUAL_MOMENT, "<f4", (dim, dim), name) if Section.RESIDUAL_MOMENT in parts else None
 
 
 def describe_codec(data: Buffer, codec_id: str, *, name: str, home: str = "") -> CodecRef:

@@ -95,6 +95,7 @@ class Section(IntEnum):
     ROTATION = 38
     COARSE = 39
     CENTROIDS = 40
+    RESIDUAL_MOMENT = 41
 
 
 KINDS: Final = frozenset(map(int, Kind))

@@ -124,11 +124,15 @@ async def commit(
     params = params or CommitParams()
     rng, clock = rng or random.Random(), clock or SystemClock()
     uploaded: set[str] = set()
+    believed = head
     started_s = clock.monotonic_s()
     for attempt in range(params.max_attempts):
         if head is None:
             head = await load_head(store, index)
         draft = await apply(head.manifest)
+        if draft is None and head is believed:  # "nothing to do" is an answer too, and must not rest on an old generation
+            head = await refresh_head(store, index, head)
+            draft = None if head is believed else await apply(head.manifest)
         if draft is None:
             return head
         following = _successor(head.manifest, draft.manifest, cause, clock)
@@ -140,6 +144,8 @@ async def commit(
             etag = await store.replace_if_unchanged(names.current(index), data, head.etag)
         except Conflict:
             head = await load_head(store, index)
+            if head.manifest.index_id != following.index_id:  # what we uploaded may be on the list of the one who deleted the index
+                raise NotFound("the index was deleted meanwhile, and made again", code="index-not-found", index=index) from None
             if await _was_made(store, index, following, head):
                 return Head(following, data, etag="")
             await clock.sleep(_backoff_s(params, attempt, rng))
@@ -172,7 +178,10 @@ async def _was_made(store: ObjectStore, index: str, ours: Manifest, head: Head) 
     if head.manifest.index_id != ours.index_id or head.manifest.generation <= ours.generation:
         return head.manifest.writer == ours.writer
     name = names.manifest(index, ours.index_id, ours.generation)
-    return decode_manifest((await store.get(name)).data, name=name).writer == ours.writer
+    try:
+        return decode_manifest((await store.get(name)).data, name=name).writer == ours.writer
+    except NotFound:
+        return False  # collected, so it was superseded a grace period ago: before this attempt, whose head was an old one
 
 
 async def _upload(store: ObjectStore, index: str, head: Head, uploads: Mapping[str, Buffer], uploaded: set[str]) -> None:

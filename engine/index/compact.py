@@ -130,7 +130,7 @@ class _Work:
         known = {codec.id for codec in self.manifest.codecs}
 
         async def apply(manifest: Manifest) -> Draft | None:
-            if manifest.index_id != self.manifest.index_id or {codec.id for codec in manifest.codecs} != known:
+            if manifest.index_id != self.manifest.index_id or {codec.id for codec in manifest.codecs} != known or manifest.dim != self.manifest.dim:
                 return None
             uploads: dict[str, Buffer] = {names.codec(self.index, codec_id): data}
             return Draft(msgspec.structs.replace(manifest, codecs=(*manifest.codecs, ref)), uploads)
@@ -217,8 +217,11 @@ class _Work:
             now = {segment.id: segment for segment in manifest.segments}
             if manifest.index_id != self.manifest.index_id or any(source.ref.id not in now for source in sources):
                 return None
+            pairs = [(source, now[source.ref.id]) for source in sources]
+            if await self._is_undone(manifest, made.segment, pairs):
+                return None
             draft = Draft(manifest, dict(made.uploads(self.index)))
-            carried = await self._carry_over(draft, made.segment, made.ids, [(source, now[source.ref.id]) for source in sources])
+            carried = await self._carry_over(draft, made.segment, made.ids, pairs)
             gone = {source.ref.id for source in sources}
             segments = tuple(segment for segment in manifest.segments if segment.id not in gone)
             segments += (carried,) if carried is not None else ()
@@ -227,6 +230,20 @@ class _Work:
 
         what = f"{self.step.kind} {len(sources)} segments of {len(ids)} documents"
         return await self._commit(apply, what)
+
+    async def _is_undone(self, manifest: Manifest, made: SegmentRef, pairs: Sequence[tuple[_Source, SegmentRef]]) -> bool:
+        """Whether a rollback (or another compactor) took back what the new segment rests on: its codec, a column, a delete, a changed field."""
+        if made.codec and made.codec not in {codec.id for codec in manifest.codecs}:
+            return True
+        if not set(self.manifest.columns) <= set(manifest.columns):
+            return True
+        for source, now in pairs:
+            patches = await self.parts.patches(self.index, now)
+            if np.setdiff1d(source.dead, await self.parts.tombstones(self.index, now)).size:
+                return True
+            if any(row.keys() - patches.get(n, {}).keys() for n, row in source.patches.items() if n not in source.dead):
+                return True
+        return False
 
     async def _carry_over(
         self, draft: Draft, made: SegmentRef, new_ids: np.ndarray, pairs: Sequence[tuple[_Source, SegmentRef]]

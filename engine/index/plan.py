@@ -48,8 +48,8 @@ def next_step(manifest: Manifest, params: MaintenanceParams, *, force: bool = Fa
 
 
 def newest_codec(manifest: Manifest) -> CodecRef | None:
-    """The codec for new segments: ids are ULIDs, so the greatest is the newest."""
-    return max(manifest.codecs, key=lambda codec: codec.id, default=None)
+    """The codec for new segments: the one trained on most. (Not by id: a machine whose clock is behind makes ids that sort before older ones.)"""
+    return max(manifest.codecs, key=lambda codec: (codec.n_tokens_trained, codec.id), default=None)
 
 
 def backlog_tokens(manifest: Manifest) -> int:

@@ -25,6 +25,8 @@ from engine.store.base import ObjectStore
 from engine.store.wrappers import Cost, CountingStore
 
 MAX_KNOWN_HEADS = 4096
+MAX_HEAD_AGE_S = 600.0
+"""Well under MaintenanceParams.grace_s, with CommitParams.max_upload_age_s on top."""
 
 
 class Reader:
@@ -79,9 +81,10 @@ class Reader:
         return head
 
     def known_head(self, index: str) -> Head | None:
-        """The newest generation seen so far, without asking; for writers, who find out if it is stale."""
+        """The newest generation seen lately, without asking; for writers, who find out if it is stale. Never one that may have been
+        collected by now: whoever builds on it would put its archive back."""
         known = self._heads.get(index)
-        return None if known is None else known[0]
+        return known[0] if known is not None and self.clock.monotonic_s() - known[1] <= MAX_HEAD_AGE_S else None
 
     def remember_head(self, index: str, head: Head) -> None:
         self._remember(index, head, self.clock.monotonic_s())

@@ -60,7 +60,7 @@ async def sweep(
     grace_s = (params or MaintenanceParams()).grace_s
     now_s = await _store_now_s(store, index, clock or SystemClock())
     listing = {listed.name: listed async for listed in store.list(names.of_index(index))}
-    kept = await _kept_names(store, index, listing, now_s, grace_s)
+    kept = await _kept_names(store, index, now_s, grace_s)
     old = {name for name, listed in listing.items() if now_s - listed.modified_s > grace_s and not _is_root(name, index)}
     doomed = sorted(old - kept)
     n_young = len(listing.keys() - old - kept)
@@ -94,7 +94,7 @@ async def _delete_unless_named_now(
     """Second half: write down, look again, delete. Returns what was deleted."""
     marker = await _put_marker(store, index, doomed, clock)
     try:
-        kept = await _kept_names(store, index, listing, now_s, grace_s)
+        kept = await _kept_names(store, index, now_s, grace_s)
         doomed = [name for name in doomed if name not in kept]
         manifests = [name for name in doomed if name.startswith(names.manifests(index))]
         await store.delete(manifests)
@@ -129,7 +129,7 @@ def _is_root(name: str, index: str) -> bool:
     return name == names.current(index) or name.startswith((names.pins(index), names.branches(index)))
 
 
-async def _kept_names(store: ObjectStore, index: str, listing: dict[str, Listed], now_s: float, grace_s: float) -> set[str]:
+async def _kept_names(store: ObjectStore, index: str, now_s: float, grace_s: float) -> set[str]:
     """Every object name that must stay, read from the store now."""
     kept, pinned = await _pinned_names(store, index, now_s)
     kept |= await names_kept_for_branches(store, index) | await _build_names(store, index, now_s)
@@ -138,32 +138,30 @@ async def _kept_names(store: ObjectStore, index: str, listing: dict[str, Listed]
     except NotFound:
         return kept
     kept |= objects_of(head, index)
-    archived = {
-        generation: listed
-        for listed in listing.values()
-        if listed.name.startswith(names.manifests(index)) and (spelt := names.generation_of(listed.name))[0] == head.index_id
-        for generation in [spelt[1]]
-    }
-    manifests = dict(zip(archived, await asyncio.gather(*(_manifest(store, listed.name) for listed in archived.values())), strict=True))
-    manifests[head.generation] = head
-    for generation, listed in archived.items():
-        manifest = manifests[generation]
-        if manifest is None:
-            continue
-        if generation in pinned or not _is_expired(generation, listed, manifests, now_s, grace_s):
+    archived, replaced_s = await _history(store, index, head)
+    manifests = await asyncio.gather(*(_manifest(store, listed.name) for listed in archived.values()))
+    for (generation, listed), manifest in zip(archived.items(), manifests, strict=True):
+        in_force = generation >= head.generation  # its archive may be old, and the next commit relies on it
+        if manifest is not None and (in_force or generation in pinned or now_s - replaced_s[generation] <= grace_s):
             kept |= objects_of(manifest, index) | {listed.name}
     return kept
 
 
-def _is_expired(generation: int, listed: Listed, manifests: dict[int, Manifest | None], now_s: float, grace_s: float) -> bool:
-    """Whether a generation stopped being in force longer ago than the grace period.
+async def _history(store: ObjectStore, index: str, head: Manifest) -> tuple[dict[int, Listed], dict[int, float]]:
+    """Archived generations, listed after `head` was read so that none is missed, and when each was replaced at the latest (store's clock).
 
-    It stopped when its successor was committed: not before its archive was written (store's clock), nor before the time that the
-    successor itself carries (its writer's clock; an archive may be written early, by a pin or by an attempt that lost).
+    A generation was replaced before its successor was archived, or, if the successor is in force, when CURRENT was written. Its own
+    archive may be much older than that: a pin or an attempt that lost writes it early. No writer's clock is asked.
     """
-    successor = manifests.get(generation + 1)
-    superseded_s = max(listed.modified_s, successor.created_s if successor is not None else listed.modified_s)
-    return now_s - superseded_s > grace_s
+    archived: dict[int, Listed] = {}
+    async for listed in store.list(names.manifests(index)):
+        life, generation = names.generation_of(listed.name)
+        if life == head.index_id:
+            archived[generation] = listed
+    written_s = {generation: listed.modified_s for generation, listed in archived.items()}
+    async for listed in store.list(names.current(index)):
+        written_s[head.generation] = listed.modified_s
+    return archived, {generation: written_s.get(generation + 1, written_s[generation]) for generation in archived}
 
 
 async def _manifest(store: ObjectStore, name: str) -> Manifest | None:

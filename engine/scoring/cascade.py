@@ -26,11 +26,11 @@ from engine.scoring.maxsim import ExactScorer
 from engine.scoring.rerank import rerank
 from engine.scoring.topk import best_set, top_k
 
-SECOND_LOOK_SPREADS = 3.0
-"""The second look takes a token if its centroid comes within this many of its residual's spreads of the document's exact best for some query token."""
-FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.002, 0.0001
-"""Expected share of the k hits lost by not looking further (rerank.py). Chosen, with the spreads, so that against two looks at all tokens of all n_rerank documents
-less than 0.002 recall@k is lost for k = 1, 10 and 100; README.md has the table. True losses are larger than expected ones, because the noise has heavy tails."""
+SECOND_LOOK_SPREADS = 2.5
+"""The second look takes a token if its centroid plus this many of its residual's spreads reaches the document's exact best for some query token."""
+FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.003, 0.0002
+"""Expected share of the k hits lost by not looking further (rerank.py). Chosen with the spreads so that little more than 0.002 recall@k is lost against
+looking twice at all n_rerank documents; README.md has the table. True losses are larger than expected ones, because the noise has heavy tails."""
 STAGE_2_PAYS = 2.0
 """Stages 1 and 2 cost about as much as stage 3 for n_candidates more documents, so up to this many times n_candidates stage 3 simply takes all."""
 SPREAD_SAMPLE = 4096
@@ -212,12 +212,13 @@ def finish_together(
     ordinals = np.concatenate([listed.ordinals for listed in lists])
     local = np.concatenate([np.arange(len(listed.ordinals)) for listed in lists])
     order = np.argsort(-approximate, kind="stable")
+    caution = min(1.0, (params.k / 100) ** 0.5)  # few hits have less noise to learn from, and cost little anyway
     looks = [_Looks(segment, scores, listed) for segment, scores, listed in parts]
 
     def first_look(positions: np.ndarray) -> np.ndarray:
         return _by_owner(owner, local, order[positions], [look.first for look in looks])
 
-    first = rerank(approximate[order], first_look, params.k, params.n_rerank, misses_per_hit=FIRST_LOOK_MISSES)
+    first = rerank(approximate[order], first_look, params.k, params.n_rerank, misses_per_hit=FIRST_LOOK_MISSES * caution)
     order = order[: len(first)]
     again = np.argsort(-first, kind="stable")
     order, first = order[again], first[again]
@@ -225,7 +226,7 @@ def finish_together(
     def second_look(positions: np.ndarray) -> np.ndarray:
         return _by_owner(owner, local, order[positions], [look.second for look in looks])
 
-    exact = rerank(first, second_look, params.k, params.n_rerank, floor, SECOND_LOOK_MISSES)
+    exact = rerank(first, second_look, params.k, params.n_rerank, floor, SECOND_LOOK_MISSES * caution)
     order = order[: len(exact)]
     best = top_k(exact, params.k, order)
     chosen, exact = order[best], exact[best]

@@ -15,6 +15,9 @@ from engine.scoring.scratch import scratch
 NARROW, WIDE = 16, 32
 """Query tokens per uint8 row. Both are widths for which np.take has a fixed-size copy; any other goes through memmove, four times slower."""
 
+TOP_LANE = 191
+"""The largest lane. What is left up to 255 is room to add to lanes without wrapping round (selection.py)."""
+
 
 @dataclass(frozen=True)
 class CentroidScores:
@@ -23,7 +26,7 @@ class CentroidScores:
     n_tokens  Q
     query     float32 (W, D): the rotated query tokens, padded with zero rows to W, a multiple of 16 (OpenBLAS is slower for 23 than for 32)
     table     float32 (K, W): table[c, q] = centroid c . query token q; columns from Q on are 0
-    lanes     uint8 (G, K, width): the same, quantised: table = low + step * lanes; group g holds tokens g * width to (g + 1) * width.
+    lanes     uint8 (G, K, width): the same, quantised to 0 .. TOP_LANE: table = low + step * lanes; group g holds tokens g * width to (g + 1) * width.
               width is 16 if Q <= 16, else 32; columns from Q on are 0
     low, step the quantisation, one for all tokens, so that sums over tokens compare
     known     bool (K,) or None: None means every row of the table is computed; rows that are not are 0 and must not be believed
@@ -82,15 +85,15 @@ def _padded(query: np.ndarray) -> np.ndarray:
 
 
 def _with_lanes(n_tokens: int, padded: np.ndarray, table: np.ndarray, known: np.ndarray | None) -> CentroidScores:
-    """Quantise the table. Rounding down costs at most one step (about 0.005) per query token, far below what centroids are wrong by."""
+    """Quantise the table. Rounding down costs at most one step (about 0.007) per query token, far below what centroids are wrong by."""
     n_centroids, columns = table.shape
     width = min(columns, WIDE)
     low, high = (float(table.min()), float(table.max())) if n_centroids else (0.0, 0.0)
-    step = (high - low) / 255 or 1.0
+    step = (high - low) / TOP_LANE or 1.0
     lanes = np.zeros((columns // width, n_centroids, width), dtype=np.uint8)
     scaled = scratch("centroid_scores.scaled", (n_centroids, columns), np.float32)
     np.subtract(table, np.float32(low), out=scaled)
-    np.multiply(scaled, np.float32(1 / step * (1 - 1e-6)), out=scaled)  # a hair less: 255.0001 would wrap to 0
+    np.multiply(scaled, np.float32(1 / step * (1 - 1e-6)), out=scaled)  # a hair less, so that none is above TOP_LANE
     for group in range(len(lanes)):
         np.copyto(lanes[group], scaled[:, group * width : (group + 1) * width], casting="unsafe")
     lanes[-1][:, n_tokens - (len(lanes) - 1) * width :] = 0

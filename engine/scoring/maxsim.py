@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.errors import InvalidRequest
 from engine.scoring.arrays import Decoder, Records
-from engine.scoring.centroid_scores import CentroidScores
+from engine.scoring.centroid_scores import TOP_LANE, CentroidScores
 from engine.scoring.scratch import scratch
 from engine.scoring.selection import QUAD, Selection, all_tokens, best_lanes, first_tokens, second_tokens
 from engine.scoring.unpack import Operand, unpack
@@ -30,7 +30,7 @@ FLAT_BLOCK_TOKENS = 2_048
 
 
 class ExactScorer:
-    """Scores documents of one segment for one query. Holds no state between calls but constants; one thread at a time.
+    """Scores documents of one segment for one query. Between calls it keeps constants only; one thread at a time.
 
     n_tokens_scored counts the tokens unpacked so far.
     """
@@ -39,6 +39,7 @@ class ExactScorer:
         self.scores, self.records, self.decoder = scores, records, decoder
         self.operand = Operand.of(scores.query, decoder)
         self.n_tokens_scored = 0
+        self._reaches: dict[float, np.ndarray] = {}
         width = len(scores.query)
         self._inv = np.repeat(decoder.inv_table[:, None].astype(np.float32), width, axis=1)
         self._scale = np.repeat(decoder.scale_table[:, None].astype(np.float32), width, axis=1)
@@ -54,8 +55,7 @@ class ExactScorer:
     def first_look(self, ordinals: np.ndarray, lanes: np.ndarray) -> np.ndarray:
         """As all_tokens, over selection.first_tokens only. lanes uint8 (G, n, width) of centroid_maxsim for these documents."""
         order = self._by_length(ordinals)
-        chosen = first_tokens(self.scores, self.records, ordinals[order], self._ordered(lanes, order))
-        return self._best(order, chosen)
+        return self._best(order, first_tokens(self.scores, self.records, ordinals[order], self._ordered(lanes, order)))
 
     def second_look(self, ordinals: np.ndarray, lanes: np.ndarray, best: np.ndarray, spreads: float) -> np.ndarray:
         """Improve `best`, float32 (n, Q), of a first look by the tokens left out that may plausibly be better.
@@ -68,38 +68,25 @@ class ExactScorer:
         chosen = second_tokens(self.scores, self.records, ordinals[order], lanes, floors, self._reach(spreads))
         return np.maximum(best, self._best(order, chosen))
 
-    def _by_length(self, ordinals: np.ndarray) -> np.ndarray:
-        """The order in which selection.py wants documents: by falling number of tokens."""
-        return np.argsort(-self.records.n_tokens[ordinals], kind="stable")
-
     def _ordered(self, lanes: np.ndarray, order: np.ndarray) -> np.ndarray:
         """lanes in this order, with padding columns set to 255, which no lane of a padding column reaches."""
         ordered = np.take(lanes, order, axis=1)
         ordered[-1, :, self.scores.n_tokens - (len(lanes) - 1) * self.scores.width :] = 255
         return ordered
 
-    def _lanes_of(self, similarities: np.ndarray) -> np.ndarray:
-        """Quantise float32 (n, Q) upwards to lanes uint8 (G, n, width), padding columns 255."""
-        scores = self.scores
-        n_groups, width = len(scores.lanes), scores.width
-        lanes = np.full((len(similarities), n_groups * width), 255, dtype=np.uint8)
-        steps = np.ceil((similarities - np.float32(scores.low)) * np.float32(1 / scores.step))
-        lanes[:, : scores.n_tokens] = np.clip(steps, 0, 255)
-        return np.ascontiguousarray(lanes.reshape(-1, n_groups, width).transpose(1, 0, 2))
-
     def _reach(self, spreads: float) -> np.ndarray:
         """uint8 (G, 256, width): by scale byte, how many steps a token may be better than its centroid; padding columns 0."""
         scores = self.scores
-        lengths = np.linalg.norm(scores.query, axis=1)
-        steps = np.outer(self.decoder.scale_table, lengths) * (spreads / scores.step)
-        reach = np.ceil(steps).clip(0, 255).astype(np.uint8)
-        return np.ascontiguousarray(reach.reshape(256, len(scores.lanes), scores.width).transpose(1, 0, 2))
+        if self._reaches.get(spreads) is None:
+            lengths = np.linalg.norm(scores.query, axis=1)
+            steps = np.ceil(np.outer(self.decoder.scale_table, lengths * np.float32(spreads / scores.step)))
+            reach = np.minimum(steps, 255 - TOP_LANE).astype(np.uint8)
+            self._reaches[spreads] = np.ascontiguousarray(reach.reshape(256, len(scores.lanes), scores.width).transpose(1, 0, 2))
+        return self._reaches[spreads]
 
-    def _blind_padding(self, lanes: np.ndarray) -> np.ndarray:
-        """Set padding columns to 255, which no lane of a padding column reaches."""
-        used = self.scores.n_tokens - (len(lanes) - 1) * self.scores.width
-        lanes[-1, :, used:] = 255
-        return lanes
+    def _by_length(self, ordinals: np.ndarray) -> np.ndarray:
+        """The order in which selection.py wants documents: by falling number of tokens."""
+        return np.argsort(-self.records.n_tokens[ordinals], kind="stable")
 
     def _lanes_of(self, similarities: np.ndarray) -> np.ndarray:
         """Quantise float32 (n, Q) upwards to lanes uint8 (G, n, width), padding columns 255."""
@@ -190,7 +177,8 @@ def exact_ordinals(
 ) -> np.ndarray:
     """Score the given documents exactly: float32 (n,), aligned with ordinals; -inf for a document without (known) tokens.
 
-    Where scores.known is set, tokens of unknown codes are left out. `spreads` leaves out tokens as ExactScorer's two looks do; None scores all.
+    Where scores.known is set, tokens of unknown codes are left out. `spreads` leaves out tokens as
+    ExactScorer's two looks do; None scores all.
     """
     scorer = ExactScorer(scores, records, decoder)
     if spreads is None:

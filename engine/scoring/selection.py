@@ -1,7 +1,7 @@
 """Which tokens of a document are worth exact arithmetic.
 
-A token can only matter if it is the best of its document for some query token, and its centroid says roughly how good it is. first_tokens takes those whose centroid is
-the best, second_tokens those that may still beat a *floor* per document and query token, found by scoring the first. Both compare lanes (uint8).
+A token can only matter if it is the best of its document for some query token, and its centroid says roughly how good it is. So a document gets a *floor* per query
+token, a lane (uint8), and the tokens whose centroid reaches the floor anywhere are selected. maxsim.py chooses the floors.
 
 Documents are looked at as a rectangle, as wide as the longest of them: copying `width` codes from the start of each is much cheaper than gathering
 exactly its own, and documents come sorted by length, so little is wasted.
@@ -73,27 +73,27 @@ def first_tokens(scores: CentroidScores, records: Records, ordinals: np.ndarray,
     """
     parts = []
     for rectangle, part in _rectangles(records, ordinals):
-        reached = _reaching(scores, rectangle, lanes[:, part], None)
-        parts.append(rectangle.selection(rectangle.one_per_code(rectangle.places(reached), certain=False)))
+        places = rectangle.places(rectangle.reaching(scores, lanes[:, part]))
+        parts.append(rectangle.selection(rectangle.one_per_code(places, certain=False)))
     return _joined(parts)
 
 
 def second_tokens(
     scores: CentroidScores, records: Records, ordinals: np.ndarray, lanes: np.ndarray, floors: np.ndarray, reach: np.ndarray
 ) -> Selection:
-    """Select the tokens that first_tokens left out and that may reach the floor of their document for any query token.
+    """Select the tokens that first_tokens left out and that may reach the floor of their document for some query token.
 
     lanes   as for first_tokens
     floors  uint8 (G, n, width), padding columns 255
-    reach   uint8 (G, 256, width): added to the lanes of a token, by its second scalar, before they are compared with the floor: a token
-            far from its centroid may be much better than it. Padding columns 0
+    reach   uint8 (G, 256, width), at most 255 - TOP_LANE: added to the lanes of a token, by its second scalar, before they are compared with the
+            floor: a token far from its centroid may be much better than it. Padding columns 0
 
     Cost: about 15 ns per token of the documents, 10 per token selected.
     """
     parts = []
     for rectangle, part in _rectangles(records, ordinals):
-        seen = rectangle.one_per_code(rectangle.places(_reaching(scores, rectangle, lanes[:, part], None)), certain=True)
-        keep = _reaching(scores, rectangle, floors[:, part], reach)
+        seen = rectangle.one_per_code(rectangle.places(rectangle.reaching(scores, lanes[:, part])), certain=True)
+        keep = rectangle.reaching(scores, floors[:, part], reach)
         parts.append(rectangle.selection(rectangle.places(keep, without=seen)))
     return _joined(parts)
 
@@ -156,12 +156,9 @@ class _Rectangle:
         n_tokens = records.n_tokens[ordinals]
         width = self.width = int(n_tokens.max(initial=0))
         begins = records.code_start[ordinals]
-        room = len(records.codes) - width  # a window that began later would leave the array
-        latest = np.minimum(begins, room)
-        self.shift = begins - latest
-        strides = (records.codes.strides[0],) * 2
-        windows = np.ndarray((room + 1, width), records.codes.dtype, buffer=records.codes, strides=strides)
-        self.codes_by_document = windows[latest]
+        inner = np.minimum(begins, len(records.codes) - width)  # a window that began later would leave the array
+        self.shift = begins - inner
+        self.codes_by_document = _windows(records.codes, inner, width)
         self.codes_by_position = np.ascontiguousarray(self.codes_by_document.T)
         self.inside: np.ndarray | None = None
         if int(n_tokens.sum()) < width * len(ordinals):
@@ -176,15 +173,31 @@ class _Rectangle:
         np.take(scores.lanes[group], self.codes_by_position, axis=0, out=rows, mode="clip")
         return rows
 
-    def add_reach(self, rows: np.ndarray, reach: np.ndarray) -> None:
-        """Add reach[second scalar], uint8 (256, width), to the lanes of every place, stopping at 255."""
-        first = self.records.scalar_start[self.ordinals] - self.shift
-        places = np.arange(self.width)[:, None] + first
-        by_position = np.take(self.records.scalars.reshape(-1), 2 * places + 1, mode="clip")
-        added = scratch("selection.reach", rows.shape, np.uint8)
-        np.take(reach, by_position, axis=0, out=added, mode="clip")
-        np.add(rows, added, out=rows)
-        np.maximum(rows, np.subtract(0, np.less(rows, added), dtype=np.uint8), out=rows)
+    def reaching(self, scores: CentroidScores, floors: np.ndarray, reach: np.ndarray | None = None) -> np.ndarray:
+        """bool (L, n): whether any lane of a place, plus its reach, is at least its document's floor, uint8 (G, n, width). False for unknown codes."""
+        keep = np.zeros(self.codes_by_position.shape, dtype=bool)
+        scales = None if reach is None else self._scales_by_position()
+        for group in range(len(scores.lanes)):
+            rows = self.lanes(scores, group)
+            if reach is not None:
+                added = scratch("selection.reach", rows.shape, np.uint8)
+                np.take(reach[group], scales, axis=0, out=added, mode="clip")
+                np.add(rows, added, out=rows)
+            keep |= _any_lane(rows, floors[group])
+        if scores.known is not None:
+            keep &= np.take(scores.known, self.codes_by_position, mode="clip")
+        return keep
+
+    def _scales_by_position(self) -> np.ndarray:
+        """The second scalar of every place, uint8 (L, n); rubbish outside documents."""
+        pairs = self.records.scalars.view("<u2").reshape(-1)
+        begins = self.records.scalar_start[self.ordinals] - self.shift
+        inner = np.clip(begins, 0, max(len(pairs) - self.width, 0))
+        if (inner == begins).all():
+            windows = _windows(pairs, begins, self.width)
+        else:
+            windows = np.take(pairs, begins[:, None] + np.arange(self.width), mode="clip")
+        return np.ascontiguousarray((windows >> 8).astype(np.uint8).T)
 
     def places(self, keep: np.ndarray | None, without: np.ndarray | None = None) -> np.ndarray:
         """Flags bool (L, n), None for all, to places int64 (m,), rising: document * L + position. Places outside documents, and `without`, are left out."""
@@ -202,8 +215,8 @@ class _Rectangle:
 
         certain  which way to err: False may keep a place too many, True returns only places that are surely the last of their document and code
 
-        Every place writes its number into a hash table, and the last writer of a slot stays in it. Who finds another place of its own document and code there was
-        not the last. Who finds a different key there cannot tell.
+        Every place writes its number into a hash table, and the last writer of a slot stays in it. Who finds another place of its own document and code there
+        was not the last; who finds a different key there cannot tell.
         """
         codes = np.take(self.codes_by_document.reshape(-1), places, mode="clip")
         keys = (places // max(self.width, 1)) << 16 | codes
@@ -233,19 +246,10 @@ class _Rectangle:
         return Selection(rows, scalars, codes, padded, n_tokens)
 
 
-def _reaching(scores: CentroidScores, rectangle: _Rectangle, floors: np.ndarray, reach: np.ndarray | None) -> np.ndarray:
-    """bool (L, n): whether any lane of a place, plus its reach, is at least its document's floor, uint8 (G, n, width). False for unknown codes."""
-    keep: np.ndarray | None = None
-    for group in range(len(scores.lanes)):
-        rows = rectangle.lanes(scores, group)
-        if reach is not None:
-            rectangle.add_reach(rows, reach[group])
-        reached = _any_lane(rows, floors[group])
-        keep = reached if keep is None else np.logical_or(keep, reached, out=keep)
-    assert keep is not None
-    if scores.known is not None:
-        keep &= np.take(scores.known, rectangle.codes_by_position, mode="clip")
-    return keep
+def _windows(flat: np.ndarray, begins: np.ndarray, width: int) -> np.ndarray:
+    """Copies of flat[begin : begin + width]: (n, width). Every window must lie inside; flat is contiguous."""
+    item = flat.itemsize
+    return np.ndarray((len(flat) - width + 1, width), flat.dtype, buffer=flat, strides=(item, item))[begins]
 
 
 def _any_lane(rows: np.ndarray, floors: np.ndarray) -> np.ndarray:
