@@ -90,7 +90,7 @@ class ColdParams(msgspec.Struct, frozen=True, kw_only=True):
     max_cell_gets: int = 4
     n_probe: int = 128
     n_rerank: int = 96
-    max_windows: int = 12
+    max_windows: int = 16
     max_window_bytes: int = 4 << 20
 
 

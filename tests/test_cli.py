@@ -412,8 +412,8 @@ def test_help_imports_neither_numpy_nor_the_engine() -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> tuple[Path, Path, Path, int]:
-    """A collection that takes twenty small segments."""
-    n_documents = 40_000
+    """A collection that takes a dozen small segments."""
+    n_documents = 24_000
     rng = np.random.default_rng(3)
     lengths = rng.integers(1, 6, n_documents)
     np.save(tmp_path / "many.npy", rng.standard_normal((int(lengths.sum()), 16)).astype(np.float16))
@@ -434,7 +434,7 @@ def wait_for_segments(process: subprocess.Popen[str], n: int) -> None:
 def test_a_killed_build_goes_on_where_it_stopped_and_doubles_nothing(many: tuple[Path, Path, Path, int]) -> None:
     tokens, lengths, rows, n_documents = many
     arguments = ("index", tokens, "--lengths", lengths, "--fields", rows, "--segment-documents", 2048, "--nbits", 2)
-    for n in (4, 9):
+    for n in (3, 6):
         process = start(*arguments)
         wait_for_segments(process, n)
         process.send_signal(signal.SIGKILL)

@@ -119,12 +119,14 @@ class BulkBuild:
     ) -> None:
         self.reader, self.parts, self.store, self.index, self.source = reader, reader.parts, reader.store, index, source
         self.params, self.n_threads, self.progress = params or MaintenanceParams(), n_threads, progress or (lambda *_: None)
-        self.build_id = xxhash.xxh3_128_hexdigest(f"{index}\n{source.fingerprint}".encode())
+        self.build_id = ""
         self.state = _State()
 
     async def run(self) -> BuildReport:
         """Build and commit. Raises InvalidRequest for documents that cannot be indexed; what was built before stays for a resumed run."""
         head = await self.reader.head(self.index)
+        life = head.manifest.index_id  # of an index of this name that was deleted and made again nothing is resumed
+        self.build_id = xxhash.xxh3_128_hexdigest(f"{self.index}\n{life}\n{self.source.fingerprint}".encode())
         self._check_dimension(head.manifest)
         self.state.columns = head.manifest.columns
         await self._load_progress()
@@ -136,7 +138,7 @@ class BulkBuild:
         await self._build_segments(codec, head.manifest)
         if not self.state.segments:
             raise InvalidRequest("the source holds no documents", source=self.source.fingerprint)
-        head, n_replaced = await self._commit()
+        head, n_replaced = await self._commit(life)
         await self._tidy()
         return BuildReport(
             n_documents=self.state.n_documents,
@@ -208,6 +210,7 @@ class BulkBuild:
         """The codec of an earlier run; else the index's, if it was trained on enough; else a new one."""
         newest = newest_codec(manifest)
         if self.state.codec_ref is None and newest is not None and self.params.retrain_growth * newest.n_tokens_trained >= self.source.n_tokens:
+            await self._note([names.codec(newest.home or self.index, newest.id)], codec=newest)  # or it may be collected, and a resumed run choose another
             self.state.codec_ref = newest
         if self.state.codec_ref is None:
             self.state.codec_ref = await self._train(manifest)
@@ -289,13 +292,15 @@ class BulkBuild:
 
     # Committing
 
-    async def _commit(self) -> tuple[Head, int]:
+    async def _commit(self, life: str) -> tuple[Head, int]:
         state, codec_ref = self.state, self.state.codec_ref
         assert codec_ref is not None
         n_replaced = 0
 
         async def apply(manifest: Manifest) -> Draft:
             nonlocal n_replaced
+            if manifest.index_id != life:
+                raise Conflict("the index was deleted and made again meanwhile", index=self.index)
             if manifest.dim is not None and manifest.dim != codec_ref.dim:
                 raise Conflict("the index has got another dimension meanwhile", expected=codec_ref.dim, found=manifest.dim)
             columns = schema.adopt(column_pairs(manifest.columns), column_pairs(state.columns))

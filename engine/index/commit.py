@@ -99,8 +99,18 @@ async def create(
     try:
         etag = await store.put_if_absent(names.current(index), data)
     except Conflict as error:
+        if await _is_made(store, index, first):
+            return Head(first, data, etag="")
         raise Conflict("an index of this name exists already", code="index-exists", index=index) from error
     return Head(first, data, etag)
+
+
+async def _is_made(store: ObjectStore, index: str, first: Manifest) -> bool:
+    """Whether the index that is there is the one we made: our answer was lost, and others committed before the store looked."""
+    try:
+        return (await load_head(store, index)).manifest.index_id == first.index_id
+    except NotFound:
+        return False
 
 
 async def commit(
@@ -145,7 +155,7 @@ async def commit(
         except Conflict:
             head = await load_head(store, index)
             if head.manifest.index_id != following.index_id:  # what we uploaded may be on the list of the one who deleted the index
-                raise NotFound("the index was deleted meanwhile, and made again", code="index-not-found", index=index) from None
+                raise Conflict("the index was deleted and made again meanwhile", index=index) from None
             if await _was_made(store, index, following, head):
                 return Head(following, data, etag="")
             await clock.sleep(_backoff_s(params, attempt, rng))

@@ -111,10 +111,6 @@ class Add:
             return False
         return self.keys is None or set(self.keys).isdisjoint(other.keys or ())
 
-    def forget_objects(self) -> None:
-        """Make the segment anew, under another name, when applied next."""
-        self._made = None
-
     def share_out(self) -> None:
         """Give each of the adds that were merged its own ids."""
         start = 0

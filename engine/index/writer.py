@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from engine.config import CommitParams
-from engine.errors import EngineError, NotFound
+from engine.errors import EngineError
 from engine.format.manifest import Manifest
 from engine.index.clock import Clock, SystemClock
-from engine.index.commit import Apply, Draft, Head, commit
+from engine.index.commit import Draft, Head, commit
 from engine.index.operations import Add, Added, Configure, Delete, Operation, Update
 from engine.index.parts import Parts
 from engine.store.base import ObjectStore
@@ -124,18 +124,17 @@ class Writer:
             await self._apply_all(draft, group)
             return None if draft.manifest is manifest else draft
 
-        known = self._heads.known_head(self._index)
         try:
-            try:
-                head = await self._commit(apply, group, known)
-            except NotFound:
-                if known is None:
-                    raise
-                # What we knew may be a former index of this name. Begin again with new objects: its deletion may take those we have put.
-                for ticket in group:
-                    if isinstance(ticket.operation, Add):
-                        ticket.operation.forget_objects()
-                head = await self._commit(apply, group, None)
+            head = await commit(
+                self._store,
+                self._index,
+                apply,
+                cause=_cause([ticket.operation for ticket in group]),
+                head=self._heads.known_head(self._index),
+                params=self._params,
+                rng=self._rng,
+                clock=self._clock,
+            )
         except BaseException as error:
             self._heads.forget_head(self._index)
             for ticket in group:
@@ -146,12 +145,6 @@ class Writer:
         self._heads.remember_head(self._index, head)
         for ticket in group:
             ticket.settle(ticket.error or head)
-
-    async def _commit(self, apply: Apply, group: list[_Ticket], head: Head | None) -> Head:
-        cause = _cause([ticket.operation for ticket in group])
-        return await commit(
-            self._store, self._index, apply, cause=cause, head=head, params=self._params, rng=self._rng, clock=self._clock
-        )
 
     async def _apply_all(self, draft: Draft, group: list[_Ticket]) -> None:
         for ticket in group:

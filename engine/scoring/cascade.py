@@ -28,7 +28,7 @@ from engine.scoring.topk import best_set, top_k
 
 SECOND_LOOK_SPREADS = 2.5
 """The second look takes a token if its centroid plus this many of its residual's spreads reaches the document's exact best for some query token."""
-FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.003, 0.0002
+FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.01, 0.0005
 """Expected share of the k hits lost by not looking further (rerank.py). Chosen with the spreads so that little more than 0.002 recall@k is lost against
 looking twice at all n_rerank documents; README.md has the table. True losses are larger than expected ones, because the noise has heavy tails."""
 STAGE_2_PAYS = 2.0

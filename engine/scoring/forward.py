@@ -129,8 +129,8 @@ def _walk(forward: Forward, table: np.ndarray, first: int, last: int, sorted_ran
             codes = forward.codes[start + first : start + first + n]
         else:
             codes = picked[:n]
-            np.take(forward.codes[start:], block_ranks[:n], out=codes, mode="clip")
-        np.take(table, codes, axis=0, out=rows[:n], mode="clip")
+            forward.codes[start:].take(block_ranks[:n], out=codes, mode="clip")
+        table.take(codes, axis=0, out=rows[:n], mode="clip")
         np.maximum(best[:n], rows[:n], out=best[:n])
     _walk_tails(forward, table, range(first, last) if sorted_ranks is None else block_ranks.tolist(), best)
 

@@ -81,19 +81,20 @@ def chances(approximate: np.ndarray, exact: np.ndarray, remaining: np.ndarray, k
     """
     bar = max(kth_score(exact, k), floor)
     finite = np.isfinite(exact)
-    if not np.isfinite(bar) or np.count_nonzero(finite) < MIN_SAMPLE:
+    n = int(np.count_nonzero(finite))
+    if not np.isfinite(bar) or n < MIN_SAMPLE:
         return np.ones(len(remaining), dtype=np.float32)
-    x, y = (approximate, exact) if finite.all() else (approximate[finite], exact[finite])
-    x_mean, y_mean = x.mean(), y.mean()
-    dx, dy = x - x_mean, y - y_mean
+    x, y = (approximate, exact) if n == len(exact) else (approximate[finite], exact[finite])
+    x_mean, y_mean = float(np.add.reduce(x)) / n, float(np.add.reduce(y)) / n
+    dx, dy = x - np.float32(x_mean), y - np.float32(y_mean)
     xx, xy, yy = float(dx @ dx), float(dx @ dy), float(dy @ dy)
     slope = min(max(xy / xx, SLOPES[0]), SLOPES[1]) if xx > 0 else 1.0
-    spread = max(max(yy - 2 * slope * xy + slope * slope * xx, 0.0) / len(x), 1e-12) ** 0.5
+    spread = max(max(yy - 2 * slope * xy + slope * slope * xx, 0.0) / n, 1e-12) ** 0.5
     # (bar - expected) / spread, where expected = y_mean + slope * (remaining - x_mean)
     return _normal_tail(remaining * np.float32(-slope / spread) + np.float32((bar - y_mean + slope * x_mean) / spread))
 
 
 def _normal_tail(z: np.ndarray) -> np.ndarray:
     """P(standard normal > z), by a logistic function of a cubic (error below 0.0002; Bowling et al. 2009)."""
-    z = np.clip(z, -8.0, 8.0)
+    z = np.minimum(np.maximum(z, np.float32(-8)), np.float32(8))
     return np.asarray(1.0 / (1.0 + np.exp(z * (0.07056 * z * z + 1.5976))))

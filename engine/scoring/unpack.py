@@ -67,7 +67,7 @@ def unpack(rows: np.ndarray, chosen: np.ndarray, decoder: Decoder) -> np.ndarray
     """
     n, n_payload = len(chosen), decoder.payload_bytes
     gathered = scratch("unpack.gathered", (n, rows.shape[1]), np.uint8)
-    np.take(rows, chosen, axis=0, out=gathered, mode="clip")
+    rows.take(chosen, axis=0, out=gathered, mode="clip")
     packed = gathered if rows.shape[1] == n_payload else np.ascontiguousarray(gathered[:, :n_payload])
     out = scratch("unpack.out", (n, 8 // decoder.nbits * n_payload), np.float32)
     if decoder.affine is None:

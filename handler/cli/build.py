@@ -96,7 +96,7 @@ def index(
 
     async def work(session: Session) -> Output:
         wanted = name or _name_of(source)
-        with Reporter(is_silent=as_json) as report, _opened() as background:
+        with Reporter() as report, _opened() as background:
             report("check", 0, 0)
             opened = await asyncio.to_thread(_contents, session, background, [source, lengths, fields, ids])
             found = await _source(session, background, opened, pool_factor, without or ())
@@ -130,7 +130,7 @@ def import_(
         from engine.transfer import nextplaid
 
         wanted = name or _name_of(directory)
-        with Reporter(is_silent=as_json) as report:
+        with Reporter() as report:
             report("check", 0, 0)
             plaid = await asyncio.to_thread(nextplaid.read, directory)
             config = plaid.config if nbits is None else msgspec.structs.replace(plaid.config, nbits=nbits)

@@ -192,7 +192,7 @@ def export(
     async def work(session: Session) -> Output | None:
         from handler.cli.documents import write_lines
 
-        with Reporter(is_silent=as_json) as report:
+        with Reporter() as report:
             if output == "-":
                 await write_lines(session, index, generation, sys.stdout.buffer, vectors, report)
                 return None

@@ -19,14 +19,14 @@ class Reporter:
     The rate is that of the documents since this process began to see them: those of an interrupted run do not count.
     """
 
-    def __init__(self, noun: str = "documents", *, is_silent: bool = False) -> None:
-        self._noun, self._is_silent = noun, is_silent
+    def __init__(self, noun: str = "documents") -> None:
+        self._noun = noun
         self._bar: Progress | None = None
         self._first: tuple[float, int] | None = None
         self._said_s = time.monotonic()
 
     def __enter__(self) -> Reporter:
-        if not self._is_silent and sys.stderr.isatty():
+        if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
@@ -50,15 +50,15 @@ class Reporter:
         now_s = time.monotonic()
         said = self._sentence(now_s, done, total)
         if self._bar is not None:
-            self._bar.update(self._task, description=what, completed=done, total=total or None, said=said)
-        elif not self._is_silent and now_s - self._said_s >= LINE_INTERVAL_S:
+            self._bar.update(self._task, description=what, completed=done, total=total if done and total else None, said=said)
+        elif now_s - self._said_s >= LINE_INTERVAL_S:
             self._said_s = now_s
             sys.stderr.write(f"tartan: {what} {said}\n")
             sys.stderr.flush()
 
     def _sentence(self, now_s: float, done: int, total: int) -> str:
         """12,000 of 300,000 documents, 1,234/s, 3m54s left"""
-        if not done and not total:
+        if not done:
             return ""
         parts = [f"{done:,} of {total:,} {self._noun}" if total else f"{done:,} {self._noun}"]
         if self._first is None or done < self._first[1]:

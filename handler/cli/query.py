@@ -280,7 +280,7 @@ def recall(
     """
 
     async def work(session: Session) -> Output:
-        with Reporter(is_silent=as_json) as report:
+        with Reporter() as report:
             return await _recall(session, index, k, n_queries, query_tokens, target, seed, report)
 
     run(work, store, as_json)

@@ -40,7 +40,7 @@ def compact(
         from engine.index import compact as compaction
         from handler.runtime import n_cores
 
-        with Reporter(is_silent=as_json) as report:
+        with Reporter() as report:
             done = await compaction.compact(
                 session.runtime.reader,
                 index,
@@ -143,7 +143,7 @@ def verify(
 
         names = [index] if index is not None else list(await list_indices(session.runtime.store))
         reports = {}
-        with Reporter("segments", is_silent=as_json) as report:
+        with Reporter("segments") as report:
             for name in names:
                 reports[name] = await verification.verify(session.runtime.reader, name, all_generations=all_generations, progress=report)
         lines = [

@@ -46,12 +46,13 @@ WEIGHTS = {
     "branch": 4.0,
     "drop": 1.5,
     "create": 6.0,
+    "remake": 1.0,
     "build": 2.0,
 }
 
 
 TOPICS = np.eye(3, DIM + 1)
-"""Vectors lie around three directions, so that a codec trained on a handful of documents knows the next one too."""
+"""Documents have vectors around two or three directions, so that a codec trained on a handful of documents knows the next one too."""
 
 
 @dataclass(eq=False)
@@ -81,10 +82,10 @@ class Client:
             if self.world.stopping:
                 return
             kind = self.rng.choices(self.kinds, self.weights)[0]
-            await getattr(self, f"_{kind}")(self.rng.choice(INDICES))
+            await getattr(self, f"_{kind}")("a" if self.rng.random() < self.world.settings.hot else self.rng.choice(INDICES))
 
     async def _pause(self) -> None:
-        await asyncio.sleep(self.rng.expovariate(1 / 0.4))
+        await asyncio.sleep(self.rng.expovariate(1 / self.world.settings.think_s))
         while self.world.loop.now < self.world.lull_until and not self.world.stopping:
             await asyncio.sleep(self.world.lull_until - self.world.loop.now + self.rng.uniform(0, 2))
 
@@ -107,8 +108,8 @@ class Client:
         for key in keys:
             label = f"{self.name}-{self.n_docs}"
             self.n_docs += 1
-            noise = np.random.default_rng(self.rng.getrandbits(32)).standard_normal((self.rng.randint(1, 3), dim))
-            rows = TOPICS[[self.rng.randrange(len(TOPICS)) for _ in noise], :dim] + 0.1 * noise
+            topics = TOPICS[self.rng.sample(range(len(TOPICS)), self.rng.randint(2, 3)), :dim]
+            rows = topics + 0.1 * np.random.default_rng(self.rng.getrandbits(32)).standard_normal(topics.shape)
             tokens = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
             self.world.vectors[label] = tokens
             fields = {"n": self.rng.randrange(100), "t": label} if with_fields else {}
@@ -310,6 +311,10 @@ class Client:
         report = await self._call(op, sweep.sweep(self.reader.store, index, params=self.world.params, clock=self.reader.clock))
         if report is not None:
             self.world.counts["objects collected"] += report.n_deleted
+
+    async def _remake(self, index: str) -> None:
+        await self._drop(index)
+        await self._create(index)
 
     async def _build(self, index: str) -> None:
         docs, tokens, offsets = self._documents(self.rng.randint(6, 14))

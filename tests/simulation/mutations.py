@@ -60,7 +60,6 @@ MUTATIONS = (
     _one("the generation is counted from the contents", f"{COMMIT}:_successor", "generation=before.generation + 1", "generation=after.generation + 1"),
     _one("time runs backwards", f"{COMMIT}:_successor", "max(clock.now_s(), before.created_s)", "clock.now_s()"),
     _one("a commit outlives its index", f"{COMMIT}:commit", "if head.manifest.index_id != following.index_id:", "if False:"),
-    _one("a collected archive is an error", f"{COMMIT}:_was_made", "except NotFound:", "except ZeroDivisionError:"),
     _one("a failed upload is forgotten", f"{COMMIT}:_upload", "if isinstance(result, BaseException):", "if False:"),
     # Writer
     _one("a group loses its fourth call", f"{WRITER}:Writer._take_group", "group.append(ticket)", "group.append(ticket) if len(group) != 3 else ticket.fate.set_result(None)"),
@@ -156,6 +155,7 @@ MUTATIONS = (
     ),
     # Reading
     _one("a strong read is answered from memory", f"{READER}:Reader.head", "if known is not None and max_age_s > 0 and started_s - known[1] <= max_age_s:", "if known is not None:"),
+    _one("a writer builds on what it knew yesterday", f"{READER}:Reader.known_head", "MAX_HEAD_AGE_S", "1e9"),
     _one("an old read is older than it may be", f"{READER}:Reader.head", "started_s - known[1] <= max_age_s", "started_s - known[1] <= 10 * max_age_s + 60"),
     _one("tombstones are remembered by segment", f"{PARTS}:Parts.tombstones", '("tombstones", ref.id)', '("tombstones", segment.id)'),
     _one("patches are remembered by segment", f"{PARTS}:Parts.patches", '("patch", ref.id)', '("patch", segment.id)'),

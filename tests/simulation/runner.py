@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from engine.errors import EngineError, NotFound
-from engine.index.reader import Reader
 from engine.index.sweep import sweep
 from engine.index.verify import verify
 
@@ -42,7 +40,7 @@ class Outcome:
 def settings_of(seed: int, episode: int, steps: int) -> Settings:
     """Circumstances of one episode, drawn from its seed: how bad the weather is, how many processes, how much chance."""
     rng = random.Random(f"settings {seed} {episode}")
-    storm = rng.choice((0.0, 0.3, 1.0, 2.0))
+    storm = rng.choice((0.0, 0.3, 1.0, 2.0, 5.0))
     weather = Weather(**{name: storm * getattr(STORMY, name) * rng.choice((0, 1, 1)) for name in Weather.__dataclass_fields__})
     return Settings(
         seed=f"{seed}.{episode}",
@@ -54,6 +52,8 @@ def settings_of(seed: int, episode: int, steps: int) -> Settings:
         kills=rng.choice((0.0, 0.02, 0.1)),
         freezes=rng.choice((0.0, 0.01, 0.05)),
         skew_s=rng.choice((0.0, 5.0, 3600.0)),
+        think_s=rng.choice((0.05, 0.4, 0.4)),
+        hot=rng.choice((0.0, 0.5, 0.9)),
     )
 
 
@@ -212,6 +212,7 @@ def _simpler(settings: Settings, max_runs: int):  # type: ignore[no-untyped-def]
         lambda now: replace(now, freezes=0.0),
         lambda now: replace(now, skew_s=0.0),
         lambda now: replace(now, lulls=False),
+        lambda now: replace(now, hot=1.0),
     ]
     ways += [lambda now, fault=fault: replace(now, weather=now.weather.without(fault)) for fault in Weather.__dataclass_fields__]
     ways += [lambda now: replace(now, n_clients=now.n_clients - 1) if now.n_clients > 1 else None] * 3

@@ -23,8 +23,14 @@ from obstore.exceptions import AlreadyExistsError, GenericError, NotModifiedErro
 
 from .scheduler import EMPTY, EPOCH_S, Loop, Process, ProcessDied
 
-OPERATIONS: ContextVar[tuple[Any, ...]] = ContextVar("operations", default=())
-"""The operations on whose behalf the running task acts: what the model needs to explain a write."""
+OPERATIONS: ContextVar[Any] = ContextVar("operations", default=())
+"""The operations on whose behalf the running task acts, or a function that gives them: what the model needs to explain a write."""
+
+
+def asked_for() -> tuple[Any, ...]:
+    operations = OPERATIONS.get()
+    found: tuple[Any, ...] = operations() if callable(operations) else operations
+    return found
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Wire:
             raise ProcessDied
         loop, weather, chance = self.bucket.loop, self.weather(), self.rng.random()
         answer = loop.create_future()
-        operations = OPERATIONS.get()
+        operations = asked_for()
         fate = _fate(weather, chance, conditional)
         there_s, back_s = self._latency_s(), self._latency_s()
         if self.rng.random() < weather.slow:
@@ -123,6 +129,8 @@ class Wire:
                 there_s += self.rng.uniform(5, 30)
             else:
                 back_s += self.rng.uniform(5, 30)
+        if fate == "lost":
+            back_s += self.rng.uniform(0, 1.5)  # a broken connection shows late
         if fate == "busy":
             fate_error: Exception | None = AlreadyExistsError("status code: 409 Conflict ConditionalRequestConflict")
         else:

@@ -27,19 +27,19 @@ from engine.errors import Conflict, CorruptData, EngineError, InvalidRequest, No
 from engine.format import names
 from engine.format.manifest import Manifest, decode_manifest
 from engine.index import clock as clock_module
-from engine.index.reader import Reader
+from engine.index.reader import MAX_HEAD_AGE_S, Reader
 from engine.index.references import objects_of
 from engine.store.objects import StoreOptions, _RemoteStore
 
 from .audit import Auditor
 from .model import REFUSED, Op, State, apply, fold
 from .scheduler import PROCESS, Loop, Process, SimulatedClock
-from .store import CALM, OPERATIONS, Bucket, Stored, Weather, Wire
+from .store import CALM, OPERATIONS, Bucket, Stored, Weather, Wire, asked_for
 
 DIM = 8
 SLACK_S = 3.0
 """Timestamps of listings are whole seconds, so an age may be wrong by one each way."""
-OPTIONS = StoreOptions(attempts=4, retry_budget_s=12.0, first_backoff_s=0.05, max_backoff_s=1.0, timeout_s=4.0)
+OPTIONS = StoreOptions(attempts=3, retry_budget_s=12.0, first_backoff_s=0.05, max_backoff_s=1.0, timeout_s=4.0)
 _DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -110,6 +110,8 @@ class Settings:
     freezes: float = 0.0
     skew_s: float = 0.0
     lulls: bool = True
+    think_s: float = 0.4
+    hot: float = 0.0
     keep_trace: bool = False
 
 
@@ -452,7 +454,7 @@ class World:
             raise Violation("refused", f"{op} found no index, but there was one all the time")
         if isinstance(error, NotFound) and error.code == "object-not-found" and not ended:
             raise Violation("refused", f"{op}: {error}")
-        if isinstance(error, Conflict) and error.code == "commit-conflict" and op.kind != "build" and not ended and len(was) < 20:
+        if isinstance(error, Conflict) and error.code == "commit-conflict" and op.kind != "build" and len(was) < 20 and not self._changed_lately(op):
             raise Violation("conflict", f"{op} met a conflict with nobody: {error}; only {len(was) - 1} others committed")
         if isinstance(error, Conflict) and error.code == "index-exists":
             own = {life for life, _ in op.applied}
@@ -462,6 +464,11 @@ class World:
             raise Violation("conflict", f"{op}: {error}")
         if isinstance(error, InvalidRequest) and not any(record is not None and apply(record.state, op)[1] is REFUSED for record in was):
             raise Violation("refused", f"{op} was never invalid: {error}")
+
+    def _changed_lately(self, op: Op) -> bool:
+        """Whether the index was another one as long ago as a writer may believe what it knew."""
+        lately = self.in_force(op.index, since_s=op.invoked_s - MAX_HEAD_AGE_S)
+        return len({record and record.life.id for record in lately}) > 1
 
     def _source_ended(self, op: Op) -> bool:
         source = op.args.get("source")
@@ -500,11 +507,11 @@ class World:
         submit, commit_group = writer._submit, writer._commit_group
 
         async def submit_for(self: Any, operation: Any) -> Any:
-            operation.simulated = OPERATIONS.get()
+            operation.simulated = asked_for()
             return await submit(self, operation)
 
         async def commit_for(self: Any, group: Any) -> None:
-            OPERATIONS.set(tuple(op for ticket in group for op in getattr(ticket.operation, "simulated", ())))
+            OPERATIONS.set(lambda: _served(group))
             await commit_group(self, group)
 
         shims = [
@@ -526,6 +533,12 @@ class World:
         finally:
             for owner, name, value in before:
                 setattr(owner, name, value)
+
+
+def _served(group: Any) -> tuple[Op, ...]:
+    """The calls of a group that the commit under way is to carry out: not those that could not be applied for want of the store."""
+    served = (ticket for ticket in group if not isinstance(ticket.error, Unavailable | CorruptData))
+    return tuple(op for ticket in served for op in ticket.operation.simulated)
 
 
 def names_of(record: Record) -> frozenset[str]:

@@ -1,0 +1,83 @@
+# Targets are listed by `make`. Set-up happens when it is needed, into .venv, and is not repeated while pyproject.toml stays as it is.
+#
+#   PYTHON   interpreter to build .venv with, 3.11 or newer      make run PYTHON=python3.13
+#   PORT     where `make run` serves                             make run PORT=9000
+#   ARGS     more arguments for pytest or the benchmarks         make test ARGS="-k search"
+#   VECTORS  folder of a collection for `make bench`             make bench VECTORS=data/scifact
+
+PYTHON ?= python3
+PORT ?= 8080
+HOST ?= 127.0.0.1
+STORE ?= ./data/indices
+ARGS ?=
+VECTORS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := engine handler tests benchmarks
+# uv sets up in seconds where pip takes a minute; the result is the same.
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# One BLAS thread a worker: parallelism is across segments and requests.
+export OPENBLAS_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test torture types fmt lint check layers bench golden clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: .stamp-run ## set up, index the bundled demo collection, and serve it on 127.0.0.1:8080
+	@$(BIN)/tartan info demo --store $(STORE) --json 2>/dev/null | grep -q '"documents":[1-9]' \
+		|| $(BIN)/tartan index engine/demo/demo.jsonl --name demo --store $(STORE)
+	@echo "serving $(STORE) on http://$(HOST):$(PORT) (its API: /swagger-ui); Ctrl-C ends it"
+	@exec $(BIN)/tartan serve --host $(HOST) --port $(PORT) --store $(STORE) --model hashing
+
+test: .stamp-dev ## set up and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+torture: .stamp-dev ## run the long tests too
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+types: .stamp-dev ## check the types
+	$(BIN)/mypy
+
+fmt: .stamp-dev ## format the code and sort imports
+	$(BIN)/ruff check --select I --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+lint: .stamp-dev ## look for mistakes without running the code
+	$(BIN)/ruff check $(SOURCES)
+
+layers: .stamp-dev
+	$(BIN)/python -m pytest tests/test_house.py
+
+check: lint types layers ## lint, types, and the rules of the house
+
+bench: .stamp-bench ## measure against peers: make bench VECTORS=folder [ARGS="--nbits 4,2 --sweep"]
+	@test -n "$(VECTORS)" || { echo "make bench wants VECTORS=folder, see benchmarks/README.md"; exit 2; }
+	$(BIN)/python -m benchmarks.run --vectors $(VECTORS) $(ARGS)
+
+golden: .stamp-dev ## write the bytes of a new format version; refuses to touch old ones
+	$(BIN)/python -m tests.golden.make
+
+clean: ## remove everything that make made; indices in data/ stay
+	rm -rf $(VENV) .stamp-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+.stamp-run: pyproject.toml | $(BIN)/python
+	@echo "setting up $(VENV)"
+	@$(INSTALL) -e .
+	@touch $@
+
+.stamp-dev: pyproject.toml | $(BIN)/python
+	@echo "setting up $(VENV) for development"
+	@$(INSTALL) -e '.[dev,encoder]'
+	@touch .stamp-run $@
+
+.stamp-bench: .stamp-dev
+	@$(INSTALL) -e '.[bench]'
+	@touch $@
