@@ -121,7 +121,7 @@ class Parts:
             return (await self.flat(index, segment)).ids
         hot = self.memory.peek(("hot", segment.id, segment.base))
         if hot is not None:
-            return hot.ids  # type: ignore[no-any-return]
+            return hot.ids
 
         async def load() -> tuple[np.ndarray, int]:
             ref = segment.section(Section.IDS)

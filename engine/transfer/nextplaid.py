@@ -247,6 +247,8 @@ class PlaidIndex:
 class PlaidSource:
     """A PlaidIndex as a source of engine.index.bulk.BulkBuild: vectors and metadata rows together, in blocks.
 
+    A document without tokens, which a peer allows, comes with one zero vector.
+
     without  metadata columns to leave out
     """
 
@@ -268,8 +270,18 @@ class PlaidSource:
             while row is not None and row[0] <= block.ids[-1]:
                 fields[row[0] - int(block.ids[0])] = row[1]
                 row = next(rows, None)
-            offsets = np.concatenate([[0], np.cumsum(block.doclens)]).astype(np.int64)
-            yield bulk.Block(block.tokens, offsets, fields if self.plaid.has_fields else None)
+            tokens, lengths = _with_a_token_each(block.tokens, block.doclens)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            yield bulk.Block(tokens, offsets, fields if self.plaid.has_fields else None)
+
+
+def _with_a_token_each(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A zero vector for each document without tokens: it keeps its id, which may not shift, and scores nothing."""
+    empty = np.flatnonzero(lengths == 0)
+    if not len(empty):
+        return tokens, lengths
+    starts = np.concatenate([[0], np.cumsum(lengths)])[empty]
+    return np.insert(tokens, starts, 0, axis=0), np.maximum(lengths, 1)
 
 
 def byte_weights(weights: np.ndarray) -> np.ndarray:
