@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 
@@ -47,7 +49,7 @@ def exact_maxsim(query, centroids, decoder, records, ordinals, known=None):
 def maxsim(query, tokens, offsets):
     """MaxSim over plain vectors."""
     out = []
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         total = 0.0 if end > begin else -np.inf
         for q in query.astype(np.float64):
             if end > begin:

@@ -12,6 +12,7 @@ If the kill fell between the commit and the removal of the records, the next run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from engine.codec.bitpack import row_bytes
 from engine.codec.kmeans import n_sample_tokens
 from engine.codec.residual import Codec, train
 from engine.config import MAX_DOCUMENT_TOKENS, MaintenanceParams
-from engine.errors import Conflict, InvalidRequest, NotFound
+from engine.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from engine.format import names
 from engine.format.codec_object import write_codec
 from engine.format.manifest import CodecRef, Column, Manifest, SegmentRef
@@ -195,7 +196,9 @@ class BulkBuild:
         return any(segment.id in ours for manifest in manifests for segment in manifest.segments)
 
     async def _tidy(self) -> None:
-        await self.store.delete([names.build(self.index, self.build_id, part) for part in range(self.state.n_parts)])
+        """Remove the progress records. The build is committed, so a store that fails now changes no answer: the rest is left to rot."""
+        with suppress(Unavailable):
+            await self.store.delete([names.build(self.index, self.build_id, part) for part in range(self.state.n_parts)])
 
     # Building
 

@@ -46,10 +46,10 @@ class Memory:
         """The value of `key`; if absent, `load` gives it with its size in bytes. A failed load is not remembered."""
         entry = self._entries.get(key)
         if entry is not None:
-            return entry.value  # type: ignore[no-any-return]
+            return entry.value
         while (running := self._loading.get(key)) is not None:
             try:
-                return (await asyncio.shield(running)).value  # type: ignore[no-any-return]
+                return (await asyncio.shield(running)).value
             except asyncio.CancelledError:
                 if not running.cancelled():
                     raise  # we were cancelled ourselves; otherwise the one who loaded was, and it is our turn

@@ -159,4 +159,4 @@ def choose_candidates(sums: np.ndarray, n_candidates: int, mask: np.ndarray | No
     if mask is not None:
         sums = np.where(mask, sums, np.uint32(0))
     chosen = best_set(sums, n_candidates)
-    return chosen[sums[chosen] > 0]
+    return np.asarray(chosen[sums[chosen] > 0])

@@ -212,7 +212,7 @@ def finish_together(
     ordinals = np.concatenate([listed.ordinals for listed in lists])
     local = np.concatenate([np.arange(len(listed.ordinals)) for listed in lists])
     order = np.argsort(-approximate, kind="stable")
-    caution = min(1.0, (params.k / 100) ** 0.5)  # few hits have less noise to learn from, and cost little anyway
+    caution = min(1.0, params.k / 100)  # the fewer hits, the less each may be missed, and the less it costs to make sure
     looks = [_Looks(segment, scores, listed) for segment, scores, listed in parts]
 
     def first_look(positions: np.ndarray) -> np.ndarray:
@@ -247,12 +247,13 @@ class _Looks:
     def first(self, places: np.ndarray) -> np.ndarray:
         """Scores of places int64 (m,) of the shortlist over their most promising tokens: float32 (m,)."""
         best = self.best[places] = self.scorer.first_look(self.listed.ordinals[places], self.listed.lanes[:, places])
-        return best.sum(axis=1)
+        return np.asarray(best.sum(axis=1))
 
     def second(self, places: np.ndarray) -> np.ndarray:
         """Scores over all tokens that may matter: float32 (m,)."""
         lanes = self.listed.lanes[:, places]
-        return self.scorer.second_look(self.listed.ordinals[places], lanes, self.best[places], SECOND_LOOK_SPREADS).sum(axis=1)
+        best = self.scorer.second_look(self.listed.ordinals[places], lanes, self.best[places], SECOND_LOOK_SPREADS)
+        return np.asarray(best.sum(axis=1))
 
 
 def _by_owner(

@@ -88,7 +88,8 @@ class ExactScorer:
 
     def _by_length(self, ordinals: np.ndarray) -> np.ndarray:
         """The order in which selection.py wants documents: by falling number of tokens."""
-        return np.argsort(-self.records.n_tokens[ordinals], kind="stable")
+        order: np.ndarray = np.argsort(-self.records.n_tokens[ordinals], kind="stable")
+        return order
 
     def _lanes_of(self, similarities: np.ndarray) -> np.ndarray:
         """Quantise float32 (n, Q) upwards to lanes uint8 (G, n, width), padding columns 255."""
@@ -161,7 +162,8 @@ class ExactScorer:
         self.scores.table.take(codes, axis=0, out=centroid_part, mode="clip")
         self._inv.take(pairs[:, 0], axis=0, out=factor, mode="clip")
         np.multiply(centroid_part, factor, out=centroid_part)
-        return np.add(out, centroid_part, out=out)
+        np.add(out, centroid_part, out=out)
+        return out
 
 
 def _multiply(unpacked: np.ndarray, matrix: np.ndarray, piece: int, out: np.ndarray) -> None:
@@ -193,7 +195,7 @@ def _segment_maxima(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
     for position, n in enumerate(n_at[1:].tolist(), 1):
         rows.take(begins[:n] + position, axis=0, out=step[:n], mode="clip")
         np.maximum(best[:n], step[:n], out=best[:n])
-    out = np.empty_like(best)
+    out: np.ndarray = np.empty_like(best)
     out[order] = best
     return out
 
@@ -208,9 +210,9 @@ def exact_ordinals(
     """
     scorer = ExactScorer(scores, records, decoder)
     if spreads is None:
-        return scorer.all_tokens(ordinals).sum(axis=1)
+        return np.asarray(scorer.all_tokens(ordinals).sum(axis=1))
     lanes = best_lanes(scores, records, ordinals)
-    return scorer.second_look(ordinals, lanes, scorer.first_look(ordinals, lanes), spreads).sum(axis=1)
+    return np.asarray(scorer.second_look(ordinals, lanes, scorer.first_look(ordinals, lanes), spreads).sum(axis=1))
 
 
 def best_tokens(scores: CentroidScores, records: Records, decoder: Decoder, ordinal: int) -> tuple[np.ndarray, np.ndarray]:

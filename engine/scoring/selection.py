@@ -104,8 +104,13 @@ def _joined(parts: list[Selection]) -> Selection:
     if not parts:
         empty = np.empty(0, dtype=np.int64)
         return Selection(empty, empty, np.empty(0, dtype=np.uint16), empty, 0)
-    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "scalars", "codes", "counts"))
-    return Selection(*joined, sum(part.n_tokens for part in parts))
+    return Selection(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.scalars for part in parts]),
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        sum(part.n_tokens for part in parts),
+    )
 
 
 def best_lanes(scores: CentroidScores, records: Records, ordinals: np.ndarray) -> np.ndarray:
@@ -176,7 +181,7 @@ class _Rectangle:
     def reaching(self, scores: CentroidScores, floors: np.ndarray, reach: np.ndarray | None = None) -> np.ndarray:
         """bool (L, n): whether any lane of a place, plus its reach, is at least its document's floor, uint8 (G, n, width). False for unknown codes."""
         keep = np.zeros(self.codes_by_position.shape, dtype=bool)
-        scales = None if reach is None else self._scales_by_position()
+        scales = np.empty(0, dtype=np.uint8) if reach is None else self._scales_by_position()
         for group in range(len(scores.lanes)):
             rows = self.lanes(scores, group)
             if reach is not None:
@@ -226,7 +231,7 @@ class _Rectangle:
         table[slots] = numbers
         winners = np.take(table, slots)
         last = winners == numbers
-        return places[last if certain else last | (np.take(keys, winners) != keys)]
+        return np.asarray(places[last if certain else last | (np.take(keys, winners) != keys)])
 
     def selection(self, places: np.ndarray) -> Selection:
         """Turn places into a Selection."""
@@ -249,7 +254,8 @@ class _Rectangle:
 def _windows(flat: np.ndarray, begins: np.ndarray, width: int) -> np.ndarray:
     """Copies of flat[begin : begin + width]: (n, width). Every window must lie inside; flat is contiguous."""
     item = flat.itemsize
-    return np.ndarray((len(flat) - width + 1, width), flat.dtype, buffer=flat, strides=(item, item))[begins]
+    windows = np.ndarray((len(flat) - width + 1, width), flat.dtype, buffer=flat, strides=(item, item))
+    return np.asarray(windows[begins])
 
 
 def _any_lane(rows: np.ndarray, floors: np.ndarray) -> np.ndarray:

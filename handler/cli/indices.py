@@ -190,18 +190,34 @@ def export(
         usage("--json prints a summary, so the lines need a FILE")
 
     async def work(session: Session) -> Output | None:
-        from handler.cli.documents import write_lines
-
         with Reporter() as report:
             if output == "-":
-                await write_lines(session, index, generation, sys.stdout.buffer, vectors, report)
+                await _write_lines(session, index, generation, sys.stdout.buffer, vectors, report)
                 return None
             with _appearing_whole(output) as file:
-                n_lines, number = await write_lines(session, index, generation, file, vectors, report)
+                n_lines, number = await _write_lines(session, index, generation, file, vectors, report)
         document = {"index": index, "generation": number, "documents": n_lines, "file": output}
         return Output(document, lambda console: console.print(f"{count(n_lines, 'document')} in {output}", markup=False))
 
     run(work, store, as_json, memory_bytes=MAINTENANCE_MEMORY_BYTES)
+
+
+async def _write_lines(
+    session: Session, index: str, generation: int | None, file: BinaryIO, with_vectors: bool, report: Reporter
+) -> tuple[int, int]:
+    """Write the documents of a generation, held meanwhile. Returns (lines, generation)."""
+    from engine.index import snapshots
+    from engine.transfer.export import json_lines
+
+    n_lines = 0
+    async with snapshots.held(session.runtime.store, index, generation, "export") as manifest:
+        snapshot = await session.runtime.reader.snapshot(index, generation=manifest.generation)
+        async for line in json_lines(snapshot, with_vectors=with_vectors):
+            file.write(line)
+            n_lines += 1
+            report("export", n_lines, snapshot.n_documents)
+        file.flush()
+    return n_lines, manifest.generation
 
 
 @contextlib.contextmanager

@@ -326,24 +326,26 @@ async def _sampled_queries(snapshot: Snapshot, ids: np.ndarray, n_queries: int, 
     """float32 (q, D) each, q <= query_tokens: random tokens of random documents."""
     import numpy as np
 
-    from handler.cli.documents import blocks
+    from engine.transfer.export import blocks
 
     rng = np.random.Generator(np.random.PCG64(seed))
     chosen = rng.choice(ids, min(n_queries, len(ids)), replace=False)
     queries = []
     async for block in blocks(snapshot, chosen):
-        for start, end in zip(block.offsets[:-1].tolist(), block.offsets[1:].tolist(), strict=True):
+        tokens, offsets = await block.tokens()
+        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             which = np.sort(rng.choice(end - start, min(query_tokens, end - start), replace=False))
-            queries.append(block.tokens[start:end][which])
+            queries.append(tokens[start:end][which])
     return queries
 
 
 async def _read_truth(snapshot: Snapshot, truth: Any, report: Reporter) -> None:
-    from handler.cli.documents import blocks
+    from engine.transfer.export import blocks
 
     n_done = 0
     async for block in blocks(snapshot):
-        await snapshot.parts.compute(truth.add, block.tokens, block.offsets, block.ids)
+        tokens, offsets = await block.tokens()
+        await snapshot.parts.compute(truth.add, tokens, offsets, block.ids)
         n_done += len(block.ids)
         report("exact", n_done, snapshot.n_documents)
 

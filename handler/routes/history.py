@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -13,15 +12,13 @@ import numpy as np
 from engine.config import INDEX_NAME
 from engine.errors import NotFound
 from engine.evaluate import Exhaustive, recall_at_k
-from engine.format.manifest import SegmentRef
 from engine.index import snapshots
 from engine.index.reader import Snapshot
+from engine.transfer.export import blocks, json_lines
 from handler import wire
 from handler.problems import Problem, bad_request, index_not_found
 from handler.routes.endpoint import Call, Endpoint, Reply
 
-SCAN_TOKENS = 65_536
-"""Tokens decoded at once by export and self test: 32 MB of float32 at 128 dimensions."""
 RECALL_QUERY_TOKENS = 32
 MAX_RECALL_TOKENS = 20_000_000
 """A self test is exhaustive; an index larger than this is refused rather than a worker blocked for minutes."""
@@ -192,8 +189,9 @@ async def recall(call: Call) -> Reply:
     queries = [tokens[:RECALL_QUERY_TOKENS] async for _, tokens in _documents(snapshot, chosen)]
     joined, offsets = wire.joined(queries)
     truth = Exhaustive(joined, offsets, top_k)
-    async for own_ids, tokens, own_offsets in _blocks(snapshot, None):
-        await call.runtime.reader.parts.compute(truth.add, tokens, own_offsets, own_ids)
+    async for documents in blocks(snapshot):
+        tokens, own_offsets = await documents.tokens()
+        await call.runtime.reader.parts.compute(truth.add, tokens, own_offsets, documents.ids)
     true_ids, _ = truth.result()
     params = wire.search_params(wire.Params(top_k, *_effort(body.params)), snapshot.n_documents)
     answers = await call.runtime.searcher.search(snapshot, queries, params, with_rows=False)
@@ -208,36 +206,10 @@ def _effort(params: wire.Params) -> tuple[int | None, int | None, float | None]:
     return params.n_ivf_probe, params.n_full_scores, params.centroid_score_threshold
 
 
-async def _blocks(snapshot: Snapshot, wanted: np.ndarray | None) -> AsyncIterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(ids, tokens float32 (T, D), offsets) of the live documents, or of those wanted, a bounded number of tokens at a time."""
-    for ref in snapshot.segments:
-        async for ordinals, ids in _ordinals(snapshot, ref, wanted):
-            tokens, offsets = await snapshot.parts.tokens(snapshot.index, ref, ordinals, _codec_of(snapshot, ref))
-            yield ids, tokens, offsets
-
-
-def _codec_of(snapshot: Snapshot, ref: SegmentRef) -> Any:
-    return snapshot.manifest.codec_of(ref) if ref.kind == "quantised" else None
-
-
-async def _ordinals(snapshot: Snapshot, ref: SegmentRef, wanted: np.ndarray | None) -> AsyncIterator[tuple[np.ndarray, np.ndarray]]:
-    """(ordinals, ids) of the live documents of a segment, in pieces that hold about SCAN_TOKENS tokens."""
-    ids = await snapshot.parts.live_ids(snapshot.index, ref)
-    if wanted is not None:
-        ids = ids[np.isin(ids, wanted)]
-    if not len(ids):
-        return
-    ordinals = await snapshot.parts.live_ordinals_of(snapshot.index, ref, ids)
-    all_ids = await snapshot.parts.ids(snapshot.index, ref)
-    step = max(1, SCAN_TOKENS // max(1, ref.n_tokens // max(ref.n_documents, 1)))
-    for start in range(0, len(ordinals), step):
-        piece = ordinals[start : start + step]
-        yield piece, all_ids[piece]
-
-
 async def _documents(snapshot: Snapshot, wanted: np.ndarray) -> AsyncIterator[tuple[int, np.ndarray]]:
-    async for ids, tokens, offsets in _blocks(snapshot, wanted):
-        for n, document_id in enumerate(ids.tolist()):
+    async for documents in blocks(snapshot, wanted):
+        tokens, offsets = await documents.tokens()
+        for n, document_id in enumerate(documents.ids.tolist()):
             yield document_id, tokens[offsets[n] : offsets[n + 1]]
 
 
@@ -258,32 +230,17 @@ async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
 
 
 async def _lines(call: Call, snapshot: Snapshot, with_vectors: bool) -> AsyncIterator[bytes]:
+    """Chunks of EXPORT_LINES lines; between two of them other requests have their turn."""
     async with snapshots.held(call.runtime.store, snapshot.index, snapshot.manifest.generation, "export"):
-        for ref in snapshot.segments:
-            async for ordinals, ids in _ordinals(snapshot, ref, None):
-                stored = await snapshot.parts.fields(snapshot.index, ref, ordinals, _codec_of(snapshot, ref))
-                matrices: list[np.ndarray] = []
-                if with_vectors:
-                    tokens, offsets = await snapshot.parts.tokens(snapshot.index, ref, ordinals, _codec_of(snapshot, ref))
-                    matrices = [tokens[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-                for start in range(0, len(ids), EXPORT_LINES):
-                    part = slice(start, start + EXPORT_LINES)
-                    yield b"".join(
-                        _line(snapshot, document_id, key, fields, matrices[start + n] if with_vectors else None)
-                        for n, (document_id, (key, fields)) in enumerate(zip(ids[part].tolist(), stored[part], strict=True))
-                    )
-                    await asyncio.sleep(0)
-
-
-def _line(snapshot: Snapshot, document_id: int, key: str | None, fields: Any, matrix: np.ndarray | None) -> bytes:
-    line: dict[str, Any] = {"document_id": document_id}
-    if key is not None:
-        line["id"] = key
-    line["metadata"] = snapshot.full_row(document_id, fields) if snapshot.has_metadata else None
-    if matrix is not None:
-        line["embeddings_b64"] = base64.b64encode(np.ascontiguousarray(matrix, "<f4").data).decode()
-        line["shape"] = [int(matrix.shape[0]), int(matrix.shape[1])]
-    return wire.encode(line) + b"\n"
+        chunk: list[bytes] = []
+        async for line in json_lines(snapshot, with_vectors=with_vectors):
+            chunk.append(line)
+            if len(chunk) == EXPORT_LINES:
+                yield b"".join(chunk)
+                chunk.clear()
+                await asyncio.sleep(0)
+        if chunk:
+            yield b"".join(chunk)
 
 
 _ADMIN: dict[str, Any] = {"tag": "history", "scope": "admin", "group": "history"}

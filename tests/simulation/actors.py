@@ -22,7 +22,7 @@ from .model import Doc, Op
 from .scheduler import PROCESS, Process
 from .world import DIM, Record, Violation, World
 
-INDICES = ("a", "b", "c")
+INDICES = ("a", "b", "c", "d")
 WEIGHTS = {
     "add": 30.0,
     "keyed": 8.0,
@@ -37,15 +37,16 @@ WEIGHTS = {
     "hold": 6.0,
     "reread": 8.0,
     "search": 5.0,
-    "compact": 9.0,
+    "compact": 7.0,
+    "churn": 4.0,
     "sweep": 8.0,
     "pin": 6.0,
     "unpin": 4.0,
     "pinned": 5.0,
     "rollback": 4.0,
-    "branch": 4.0,
-    "drop": 1.5,
-    "create": 6.0,
+    "branch": 5.0,
+    "drop": 2.5,
+    "create": 4.0,
     "remake": 1.0,
     "build": 2.0,
 }
@@ -86,7 +87,7 @@ class Client:
 
     async def _pause(self) -> None:
         await asyncio.sleep(self.rng.expovariate(1 / self.world.settings.think_s))
-        while self.world.loop.now < self.world.lull_until and not self.world.stopping:
+        if self.world.loop.now < self.world.lull_until:
             await asyncio.sleep(self.world.lull_until - self.world.loop.now + self.rng.uniform(0, 2))
 
     async def _call(self, op: Op, work: Awaitable[Any], answer: Callable[[Any], Any] = lambda value: None) -> Any:
@@ -306,6 +307,15 @@ class Client:
             if report.steps.get("train", 0) > 2:
                 self.world.fail("loop", f"{op} trained {report.steps['train']} codecs in one go")
 
+    async def _churn(self, index: str) -> None:
+        """Compaction while the same documents change."""
+        kinds = self.rng.choices(["delete", "update", "add", "rollback"], [3, 4, 1, 0.5], k=3)
+        await asyncio.gather(self._compact(index), *(self._late(kind, index) for kind in kinds))
+
+    async def _late(self, kind: str, index: str) -> None:
+        await asyncio.sleep(self.rng.uniform(0, 1))
+        await getattr(self, f"_{kind}")(index)
+
     async def _sweep(self, index: str) -> None:
         op = self.world.begin("sweep", index, self.process)
         report = await self._call(op, sweep.sweep(self.reader.store, index, params=self.world.params, clock=self.reader.clock))
@@ -406,7 +416,9 @@ class Client:
             await self._call(op, snapshots.rollback(self.reader.store, index, generation, clock=self.reader.clock))
 
     async def _branch(self, index: str) -> None:
-        name = self.rng.choice([other for other in INDICES if other != index])
+        others = [other for other in INDICES if other != index]
+        free = [other for other in others if self.world.current(other) is None]
+        name = self.rng.choice(free if free and self.rng.random() < 0.8 else others)
         generation = self._some_generation(index) if self.rng.random() < 0.5 else None
         op = self.world.begin("branch", name, self.process, source=index, generation=generation)
         await self._call(op, snapshots.branch(self.reader.store, index, name, generation=generation, clock=self.reader.clock))

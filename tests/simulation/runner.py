@@ -51,7 +51,7 @@ def settings_of(seed: int, episode: int, steps: int) -> Settings:
         weights={kind: weight * rng.choice((0.3, 1, 1, 3)) for kind, weight in WEIGHTS.items()},
         kills=rng.choice((0.0, 0.02, 0.1)),
         freezes=rng.choice((0.0, 0.01, 0.05)),
-        skew_s=rng.choice((0.0, 5.0, 3600.0)),
+        skew_s=rng.choice((0.0, 5.0, 3600.0, 3600.0)),
         think_s=rng.choice((0.05, 0.4, 0.4)),
         hot=rng.choice((0.0, 0.5, 0.9)),
     )

@@ -103,7 +103,8 @@ class Loop(asyncio.BaseEventLoop):
             except Exception as error:
                 done.set_exception(error)
 
-        self.call_later(self.rng.expovariate(1 / 0.005), work, context=EMPTY)
+        mean_s = 0.005 if self.rng.random() < 0.9 else 0.5
+        self.call_later(self.rng.expovariate(1 / mean_s), work, context=EMPTY)
         return done
 
 

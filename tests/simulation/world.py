@@ -125,7 +125,7 @@ class World:
         self.bucket.witness = self
         self.rng = random.Random(f"world {settings.seed}")
         self.params = MaintenanceParams(
-            min_quantise_documents=12, max_flat_tokens=40, max_flat_segments=4, merge_factor=2, retrain_growth=2.0, max_segment_documents=24
+            min_quantise_documents=12, max_flat_tokens=40, max_flat_segments=4, merge_factor=2, retrain_growth=1.4, max_segment_documents=24
         )
         self.weather = settings.weather
         self.auditor = Auditor(self.bucket.objects)
