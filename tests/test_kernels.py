@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 import pytest
-import reference_scoring as slow
 
+import reference_scoring as slow
 from engine.config import SearchParams
 from engine.errors import InvalidRequest
 from engine.scoring import fusion, topk

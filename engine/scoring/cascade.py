@@ -52,7 +52,9 @@ class SegmentArrays:
     spread: float
 
     @classmethod
-    def of(cls, centroids: np.ndarray, postings: Postings, records: Records, decoder: Decoder, forward: Forward | None = None) -> SegmentArrays:
+    def of(
+        cls, centroids: np.ndarray, postings: Postings, records: Records, decoder: Decoder, forward: Forward | None = None
+    ) -> SegmentArrays:
         """Put a segment together, inverting the postings unless their inverse is at hand."""
         n_documents = len(records.n_tokens)
         forward = Forward.from_postings(postings, n_documents) if forward is None else forward

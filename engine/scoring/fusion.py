@@ -77,7 +77,7 @@ def _weighted(semantic: np.ndarray, keyword: np.ndarray, alpha: float) -> np.nda
     """alpha * semantic + (1 - alpha) * keyword, float64 (n,)."""
     if len(semantic) < NUMEXPR_LENGTH:
         return alpha * semantic + (1.0 - alpha) * keyword
-    import numexpr  # late: 70 ms of import that only very long lists repay
+    import numexpr  # type: ignore[import-untyped]  # late: 70 ms of import that only very long lists repay
 
     fused: np.ndarray = numexpr.evaluate(
         "a * s + (1 - a) * k", local_dict={"a": np.float64(alpha), "s": semantic, "k": keyword}, global_dict={}

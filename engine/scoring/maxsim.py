@@ -121,7 +121,9 @@ class ExactScorer:
         buffers = self._buffers(min(n, self._block))
         for first in range(0, n, self._block):
             last = min(n, first + self._block)
-            rows, scalars, codes = (a[first:last].reshape(-1, QUAD).T.reshape(-1) for a in (selection.rows, selection.scalars, selection.codes))
+            rows, scalars, codes = (
+                a[first:last].reshape(-1, QUAD).T.reshape(-1) for a in (selection.rows, selection.scalars, selection.codes)
+            )
             planes = self._similarities(rows, scalars, codes, buffers).reshape(QUAD, -1, width)
             np.maximum(planes[0], planes[1], out=planes[0])
             np.maximum(planes[2], planes[3], out=planes[2])
@@ -243,7 +245,9 @@ def maxsim(query: np.ndarray, tokens: np.ndarray, offsets: np.ndarray) -> np.nda
     """
     n_query, dim = query.shape
     if tokens.shape[1] != dim:
-        raise InvalidRequest("query and documents have different dimensions", code="dimension-mismatch", query=dim, documents=tokens.shape[1])
+        raise InvalidRequest(
+            "query and documents have different dimensions", code="dimension-mismatch", query=dim, documents=tokens.shape[1]
+        )
     width = -(-n_query // 16) * 16
     matrix = np.zeros((dim, width), dtype=np.float32)
     matrix[:, :n_query] = query.T

@@ -39,6 +39,8 @@ WEIGHTS = {
     "search": 5.0,
     "compact": 7.0,
     "churn": 4.0,
+    "collect": 4.0,
+    "part": 1.5,
     "sweep": 8.0,
     "pin": 6.0,
     "unpin": 4.0,
@@ -52,6 +54,8 @@ WEIGHTS = {
 }
 
 
+AFTER_A_REST = ("collect", "collect", "add", "delete", "stale", "compact", "reread")
+"""What is worth doing when much has grown old."""
 TOPICS = np.eye(3, DIM + 1)
 """Documents have vectors around two or three directions, so that a codec trained on a handful of documents knows the next one too."""
 
@@ -76,6 +80,7 @@ class Client:
         self.kinds = [kind for kind in WEIGHTS if weights[kind] > 0]
         self.weights = [weights[kind] for kind in self.kinds]
         self.n_docs = 0
+        self.rested = False
 
     async def run(self) -> None:
         while not self.world.stopping and not self.process.dead:
@@ -83,11 +88,14 @@ class Client:
             if self.world.stopping:
                 return
             kind = self.rng.choices(self.kinds, self.weights)[0]
+            if self.rested and self.rng.random() < 0.6:
+                kind = self.rng.choice([name for name in AFTER_A_REST if name in self.kinds] or [kind])
             await getattr(self, f"_{kind}")("a" if self.rng.random() < self.world.settings.hot else self.rng.choice(INDICES))
 
     async def _pause(self) -> None:
         await asyncio.sleep(self.rng.expovariate(1 / self.world.settings.think_s))
-        if self.world.loop.now < self.world.lull_until:
+        self.rested = self.world.loop.now < self.world.lull_until
+        if self.rested:
             await asyncio.sleep(self.world.lull_until - self.world.loop.now + self.rng.uniform(0, 2))
 
     async def _call(self, op: Op, work: Awaitable[Any], answer: Callable[[Any], Any] = lambda value: None) -> Any:
@@ -204,7 +212,7 @@ class Client:
                     raise Violation("read", f"{op} sees rows {rows} in generation {record.generation}, should see {wanted}")
             if self.rng.random() < 0.15:
                 await self._search_in(op, snapshot, record)
-            if "n" in record.state.columns and self.rng.random() < 0.1:
+            if "n" in record.state.columns and self.rng.random() < 0.25:
                 found = (await snapshot.select("n >= ?", [50])).tolist()
                 wanted_ids = [n for n in ids if (record.state.docs[n].fields.get("n") or 0) >= 50]
                 if found != wanted_ids:
@@ -315,6 +323,16 @@ class Client:
     async def _late(self, kind: str, index: str) -> None:
         await asyncio.sleep(self.rng.uniform(0, 1))
         await getattr(self, f"_{kind}")(index)
+
+    async def _collect(self, index: str) -> None:
+        """Garbage collection while others write, and revive what it is about to take."""
+        kinds = self.rng.choices(["pin", "rollback", "branch", "add", "compact", "unpin"], [4, 3, 2, 3, 1, 1], k=self.rng.randint(1, 3))
+        await asyncio.gather(self._sweep(index), *(self._late(kind, index) for kind in kinds))
+
+    async def _part(self, index: str) -> None:
+        """An index is deleted while somebody branches it, or its branch."""
+        other = self.rng.choice(INDICES)
+        await asyncio.gather(self._branch(index), self._late("drop", index if self.rng.random() < 0.7 else other))
 
     async def _sweep(self, index: str) -> None:
         op = self.world.begin("sweep", index, self.process)
@@ -482,8 +500,8 @@ class Fate:
                 process, _ = self.rng.choice(self.living)
                 process.frozen_until = world.loop.now + self.rng.choice((3.0, 20.0, 300.0))
                 world.note(f"{process.name} freezes until {process.frozen_until:.1f}")
-            if settings.lulls and self.rng.random() < 0.03:
-                world.lull_until = world.loop.now + self.rng.choice((600.0, 3000.0, 4000.0, 8000.0))
+            if settings.lulls and self.rng.random() < 0.05:
+                world.lull_until = world.loop.now + self.rng.choice((30.0, 3000.0, 4000.0, 4000.0, 8000.0))
                 world.note(f"all rest until {world.lull_until:.1f}")
                 await asyncio.sleep(world.lull_until - world.loop.now)
         await self.settle()

@@ -115,6 +115,7 @@ class Wire:
 
     def __init__(self, bucket: Bucket, process: Process, rng: random.Random, weather: Callable[[], Weather]) -> None:
         self.bucket, self.process, self.rng, self.weather = bucket, process, rng, weather
+        self.slowness = rng.choice((0.5, 1.0, 1.0, 6.0))
 
     async def _request(self, kind: str, name: str, effect: Callable[[tuple[Any, ...]], Any], *, conditional: bool = False) -> Any:
         if self.process.dead:
@@ -165,7 +166,7 @@ class Wire:
 
     def _latency_s(self) -> float:
         """Mostly about 15 ms one way; now and then a straggler."""
-        return self.rng.lognormvariate(-4.2, 0.7) if self.rng.random() > 0.03 else self.rng.uniform(0.1, 2.0)
+        return self.slowness * self.rng.lognormvariate(-4.2, 0.7) if self.rng.random() > 0.03 else self.rng.uniform(0.1, 2.0)
 
     def _found(self, name: str) -> Stored:
         stored = self.bucket.objects.get(name)

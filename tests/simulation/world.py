@@ -140,6 +140,7 @@ class World:
         self.tick = 0
         self.stopping = False
         self.lull_until = 0.0
+        self.last_sweep_tick = -1
         self.violation: Violation | None = None
         self.counts: Counter[str] = Counter()
         self.leftovers: list[str] = []
@@ -425,6 +426,8 @@ class World:
         else:
             op.outcome = f"crashed {error!r}"
             raise Violation("crash", f"{op}: {error!r}")
+        if op.kind == "sweep":
+            self.last_sweep_tick = self.tick
         self.counts[f"outcome {op.outcome}"] += 1
 
     def _judge_success(self, op: Op, value: Any) -> None:
@@ -456,6 +459,8 @@ class World:
             raise Violation("refused", f"{op}: {error}")
         if isinstance(error, Conflict) and error.code == "commit-conflict" and op.kind != "build" and len(was) < 20 and not self._changed_lately(op):
             raise Violation("conflict", f"{op} met a conflict with nobody: {error}; only {len(was) - 1} others committed")
+        if isinstance(error, NotFound) and error.code == "generation-not-found" and op.kind in ("pin", "rollback", "branch"):
+            self._check_kept(op, error)
         if isinstance(error, Conflict) and error.code == "index-exists":
             own = {life for life, _ in op.applied}
             if all(record is None or record.life.id in own for record in was):
@@ -464,6 +469,19 @@ class World:
             raise Violation("conflict", f"{op}: {error}")
         if isinstance(error, InvalidRequest) and not any(record is not None and apply(record.state, op)[1] is REFUSED for record in was):
             raise Violation("refused", f"{op} was never invalid: {error}")
+
+    def _check_kept(self, op: Op, error: EngineError) -> None:
+        """Nobody is told that a generation is gone while it must be there, unless a sweep is or was about."""
+        index = op.args.get("source", op.index)
+        was = self.in_force(index, op.invoked_tick)
+        if len({record and record.life.id for record in was}) > 1 or was[-1] is None:
+            return
+        generation = op.args["generation"]
+        targets = was if generation is None else [self.records.get((was[-1].life.id, generation))]
+        if any("/sweeps/" in name for name in self.bucket.objects) or self.last_sweep_tick >= op.invoked_tick:
+            return
+        if all(record is not None and self.is_protected(record) for record in targets):
+            raise Violation("refused", f"{op}: {error}; but it must be there, and nobody sweeps")
 
     def _changed_lately(self, op: Op) -> bool:
         """Whether the index was another one as long ago as a writer may believe what it knew."""
