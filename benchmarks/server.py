@@ -68,7 +68,24 @@ SMALL, LARGE, SHORT_TOKENS = 1_000, 100_000, 8
 INGEST_PER_S, INGEST_BATCH = 50, 10
 TURNS = 3
 STORE_DELAY_S = 0.02
-_WORDS = "warp weft loom shuttle heddle selvage bobbin twill tartan sett yarn wool dye spool reed treadle".split()
+_WORDS = [
+    "warp",
+    "weft",
+    "loom",
+    "shuttle",
+    "heddle",
+    "selvage",
+    "bobbin",
+    "twill",
+    "tartan",
+    "sett",
+    "yarn",
+    "wool",
+    "dye",
+    "spool",
+    "reed",
+    "treadle",
+]
 
 
 # The index
@@ -113,7 +130,9 @@ class ShortDocuments:
     def blocks(self, first_document: int) -> Iterator[Block]:
         for start in range(first_document, self.n_documents, 2000):
             n = min(2000, self.n_documents - start)
-            yield Block(self._tokens(n, start + 2), np.arange(n + 1) * SHORT_TOKENS, [{"title": f"t{start + i}", "year": i} for i in range(n)])
+            yield Block(
+                self._tokens(n, start + 2), np.arange(n + 1) * SHORT_TOKENS, [{"title": f"t{start + i}", "year": i} for i in range(n)]
+            )
 
     def _tokens(self, n: int, seed: int) -> np.ndarray:
         return np.random.default_rng(seed).standard_normal((n * SHORT_TOKENS, self._dim), dtype=np.float32)
@@ -159,7 +178,9 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.settings = Settings(**{"index_dir": str(folder), "host": "127.0.0.1", "port": port, "compact": False, "drain_s": 0.0, **settings})
+        self.settings = Settings(
+            **{"index_dir": str(folder), "host": "127.0.0.1", "port": port, "compact": False, "drain_s": 0.0, **settings}
+        )
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("TARTAN_", "AWS_"))}
         environment = {**kept, **self.settings.to_environment()}
         command = [sys.executable, "-c", _SERVE, str(delay_s)]
@@ -506,7 +527,7 @@ async def _bare_writes_ms(store: ObjectStore, delay_s: float) -> float:
     newest = manifest.segments[-1]
     parts = [(await store.get(names.segment(INDEX, newest.id))).data]
     if newest.metadata is not None:
-        parts.append((await store.get(names.metadata(INDEX, newest.metadata.id))).data)
+        parts.append((await store.get(names.metadata(INDEX, newest.id))).data)
     parts.append(head.data)
     fresh = f"bare/{names.fresh_id()}"
     etag = await store.put_if_absent(f"{fresh}/CURRENT", head.data)
@@ -637,7 +658,9 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def machine() -> dict[str, Any]:
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
+    )
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     return {"cpu": model, "cores": n_cores(), "load_before": [round(value, 2) for value in os.getloadavg()], **versions}
 

@@ -63,7 +63,7 @@ def unpack(rows: np.ndarray, chosen: np.ndarray, decoder: Decoder) -> np.ndarray
     chosen  int64 (n,)
 
     Affine levels give the y_f of the module docstring, others the levels themselves. Cost, D = 128, 4 bits: 10 ns a row to gather from memory,
-    24 to unpack affine levels, 60 to look levels up.
+    21 to unpack affine levels, 60 to look levels up.
     """
     n, n_payload = len(chosen), decoder.payload_bytes
     gathered = scratch("unpack.gathered", (n, rows.shape[1]), np.uint8)
