@@ -55,7 +55,8 @@ class SearchParams(msgspec.Struct, frozen=True, kw_only=True):
 
     k                         hits wanted; 0 gives none
     n_probe                   centroids probed per query token where a segment is too large to look at every document
-    n_candidates              documents whose centroid MaxSim is computed
+    n_candidates              documents of a segment whose centroid MaxSim is computed; up to twice as many where choosing among them would
+                              cost more than looking at all of them
     n_rerank                  upper bound of documents scored exactly; the cascade stops earlier where the answer no longer changes
     centroid_score_threshold  probed centroids whose best score over the query is below it are dropped; None drops nothing
     """

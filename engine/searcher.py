@@ -29,13 +29,12 @@ from engine.format.fields import decode_fields
 from engine.format.manifest import CodecRef, SegmentRef
 from engine.index.parts import Hot, apply_patches, decoder_of, scoring_records
 from engine.index.reader import Reader, Snapshot
-from engine.scoring.cascade import SegmentArrays, Shortlist, StageStats, finish, residual_spread, shortlist
+from engine.scoring.cascade import SegmentArrays, Shortlist, StageStats, finish, shortlist
 from engine.scoring.centroid_scores import CentroidScores, score_centroids
 from engine.scoring.maxsim import maxsim
 from engine.scoring.topk import top_k
 
 Mode = Literal["auto", "warm", "cold"]
-SPREAD_BYTES = 64
 MAX_COLD_QUERIES = 4
 """A batch of more queries than this loads segments whole: their cells would add up to most of the segment."""
 
@@ -187,13 +186,7 @@ class Searcher:
         codec, hot, records = await asyncio.gather(
             self.parts.codec(index, codec_ref), self.parts.hot(index, ref, codec_ref), self.parts.records(index, ref, codec_ref)
         )
-        decoder, plain = decoder_of(codec), scoring_records(records)
-
-        async def measure() -> tuple[float, int]:
-            return await self.parts.compute(residual_spread, plain, decoder), SPREAD_BYTES
-
-        spread = await self.parts.memory.get(("spread", ref.id), measure)
-        return hot, SegmentArrays(codec.centroids, hot.postings, hot.forward, plain, decoder, spread)
+        return hot, SegmentArrays(codec.centroids, hot.postings, hot.forward, scoring_records(records), decoder_of(codec))
 
     # One query
 

@@ -322,8 +322,9 @@ class BulkBuild:
             )
             return draft
 
+        began_s = self.reader.clock.monotonic_s()
         head = await commit(self.store, self.index, apply, cause=f"build {state.n_documents} documents", clock=self.reader.clock)
-        self.reader.remember_head(self.index, head)
+        self.reader.remember_head(self.index, head, asked_s=began_s)
         return head, n_replaced
 
     async def _bury_replaced(self, draft: Draft) -> int:

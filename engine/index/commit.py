@@ -134,17 +134,20 @@ async def commit(
     params = params or CommitParams()
     rng, clock = rng or random.Random(), clock or SystemClock()
     uploaded: set[str] = set()
-    believed = head
+    believed, life = head, ""
     started_s = clock.monotonic_s()
     for attempt in range(params.max_attempts):
         if head is None:
             head = await load_head(store, index)
+        if uploaded and head.manifest.index_id != life:  # what we uploaded may be on the list of the one who deleted the index
+            raise Conflict("the index was deleted and made again meanwhile", index=index)
         draft = await apply(head.manifest)
         if draft is None and head is believed:  # "nothing to do" is an answer too, and must not rest on an old generation
             head = await refresh_head(store, index, head)
             draft = None if head is believed else await apply(head.manifest)
         if draft is None:
             return head
+        life = head.manifest.index_id
         following = _successor(head.manifest, draft.manifest, cause, clock)
         await _upload(store, index, head, draft.uploads, uploaded)
         if clock.monotonic_s() - started_s > params.max_upload_age_s:
@@ -154,8 +157,6 @@ async def commit(
             etag = await store.replace_if_unchanged(names.current(index), data, head.etag)
         except Conflict:
             head = await load_head(store, index)
-            if head.manifest.index_id != following.index_id:  # what we uploaded may be on the list of the one who deleted the index
-                raise Conflict("the index was deleted and made again meanwhile", index=index) from None
             if await _was_made(store, index, following, head):
                 return Head(following, data, etag="")
             await clock.sleep(_backoff_s(params, attempt, rng))

@@ -282,10 +282,11 @@ class _Work:
             gave_up = draft is None
             return draft
 
+        began_s = self.reader.clock.monotonic_s()
         head = await commit(
             self.reader.store, self.index, noting, cause=cause, head=self.reader.known_head(self.index), clock=self.reader.clock
         )
-        self.reader.remember_head(self.index, head)
+        self.reader.remember_head(self.index, head, asked_s=began_s)
         return not gave_up
 
 

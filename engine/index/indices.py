@@ -8,7 +8,7 @@ from engine.config import INDEX_NAME
 from engine.errors import NotFound
 from engine.format import names
 from engine.index.commit import Head, load_head
-from engine.index.sweep import names_kept_for_branches
+from engine.index.sweep import names_held, names_kept_for_branches
 from engine.store.base import ObjectStore
 
 _HEADS_AT_ONCE = 64
@@ -39,6 +39,7 @@ async def drop(store: ObjectStore, index: str) -> bool:
     listed = [listed.name async for listed in store.list(names.of_index(index))]
     existed = names.current(index) in listed
     await store.delete([names.current(index)])
-    kept = await names_kept_for_branches(store, index)
+    # A branch that is being made holds what it needs, and may be there before its maker dies; garbage collection takes the rest.
+    kept = await names_held(store, index) | await names_kept_for_branches(store, index)
     await store.delete([name for name in listed if name not in kept and name != names.current(index)])
     return existed

@@ -86,8 +86,9 @@ class Reader:
         known = self._heads.get(index)
         return known[0] if known is not None and self.clock.monotonic_s() - known[1] <= MAX_HEAD_AGE_S else None
 
-    def remember_head(self, index: str, head: Head) -> None:
-        self._remember(index, head, self.clock.monotonic_s())
+    def remember_head(self, index: str, head: Head, *, asked_s: float | None = None) -> None:
+        """asked_s: when the commit that made it began (monotonic; None: now). When its answer came, others may have followed."""
+        self._remember(index, head, self.clock.monotonic_s() if asked_s is None else asked_s)
 
     def forget_head(self, index: str) -> None:
         self._heads.pop(index, None)

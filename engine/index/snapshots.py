@@ -148,7 +148,7 @@ async def _is_being_collected(store: ObjectStore, index: str, manifest: Manifest
     """Whether a sweep has written down an object of this generation, or has deleted its manifest already."""
     archive_name = names.manifest(index, manifest.index_id, manifest.generation)
     wanted = objects_of(manifest, index) | {archive_name}
-    for home in {index, *homes_of(manifest, index)}:
+    for home in sorted({index, *homes_of(manifest, index)}):
         if wanted & await doomed_by_sweeps(store, home):
             return True
     try:
@@ -174,7 +174,10 @@ async def held(store: ObjectStore, index: str, generation: int | None, purpose: 
     name = f"{purpose}-{names.fresh_id()}"
     kept = await pin(store, index, name, generation=generation, note=f"held by {purpose}", temporary=True)
     try:
-        yield await manifest_at(store, index, kept.generation)
+        manifest = await manifest_at(store, index, kept.generation)
+        if manifest.index_id != kept.index_id:
+            raise Conflict("the index was deleted and made again meanwhile", index=index)
+        yield manifest
     finally:
         await store.delete([names.pin(index, name)])
 
@@ -207,11 +210,9 @@ async def branch(
         shared = rehomed(manifest, index)
         homes = homes_of(shared, name)
         marker = write_marker(Branch(index=name, generation=manifest.generation, created_s=(clock or SystemClock()).now_s()))
-        for home in homes:
-            try:
-                await store.put_if_absent(names.branch(home, name), marker)
-            except Conflict:
-                continue  # a branch of that name was here before; the marker says all that matters
+        own_name = f"{name}-{names.fresh_id()}"  # of this branching: a marker left by an earlier one may be about to be deleted with its home
+        for home in sorted(homes):
+            await store.put_if_absent(names.branch(home, own_name), marker)
         cause = f"branch of {index} generation {manifest.generation}"
         made = await create(store, name, manifest.config, contents=shared, cause=cause, clock=clock)
         try:

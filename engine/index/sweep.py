@@ -126,7 +126,7 @@ async def _store_now_s(store: ObjectStore, index: str, clock: Clock) -> float:
 
 def _is_root(name: str, index: str) -> bool:
     """Objects that are deleted by their own verbs only, never because nothing names them."""
-    return name == names.current(index) or name.startswith((names.pins(index), names.branches(index)))
+    return name == names.current(index) or name.startswith(names.pins(index))
 
 
 async def _kept_names(store: ObjectStore, index: str, now_s: float, grace_s: float) -> set[str]:
@@ -191,19 +191,46 @@ async def _pinned_names(store: ObjectStore, index: str, now_s: float) -> tuple[s
     return kept, generations
 
 
-async def names_kept_for_branches(store: ObjectStore, index: str) -> set[str]:
-    """Objects of this index that living branches name in any of their kept generations, and the markers of those branches."""
+async def names_held(store: ObjectStore, index: str) -> set[str]:
+    """What rollbacks and branches under way hold by temporary pins: the pins, the generations and their objects."""
     kept: set[str] = set()
-    async for listed in store.list(names.branches(index)):
+    async for listed in store.list(names.pins(index)):
         try:
-            branch = read_marker((await store.get(listed.name)).data, Branch, name=listed.name).index
-            kept |= objects_of((await load_head(store, branch)).manifest, branch) | {listed.name}
+            pin = read_marker((await store.get(listed.name)).data, Pin, name=listed.name)
         except NotFound:
             continue
-        async for archived in store.list(names.manifests(branch)):
-            manifest = await _manifest(store, archived.name)
-            if manifest is not None:
-                kept |= objects_of(manifest, branch)
+        if pin.temporary:
+            archive = names.manifest(index, pin.index_id, pin.generation)
+            manifest = await _manifest(store, archive)
+            kept |= {listed.name, archive} | (objects_of(manifest, index) if manifest is not None else set())
+    return kept
+
+
+async def names_kept_for_branches(store: ObjectStore, index: str) -> set[str]:
+    """Objects of this index that living branches name in any of their kept generations, and the markers of those branches.
+
+    Markers are listed again until no new one has come: a branch of a branch may be made, and the one between deleted, while we read.
+    """
+    kept: set[str] = set()
+    seen: set[str] = set()
+    while new := [listed.name async for listed in store.list(names.branches(index)) if listed.name not in seen]:
+        for marker in new:
+            seen.add(marker)
+            kept |= await _names_of_branch(store, marker)
+    return kept
+
+
+async def _names_of_branch(store: ObjectStore, marker: str) -> set[str]:
+    """What the branch that a marker speaks of names, and the marker; nothing if there is no such index."""
+    try:
+        branch = read_marker((await store.get(marker)).data, Branch, name=marker).index
+        kept = objects_of((await load_head(store, branch)).manifest, branch) | {marker}
+    except NotFound:
+        return set()
+    async for archived in store.list(names.manifests(branch)):
+        manifest = await _manifest(store, archived.name)
+        if manifest is not None:
+            kept |= objects_of(manifest, branch)
     return kept
 
 

@@ -36,7 +36,7 @@ class _HeadCache(Protocol):
 
     def forget_head(self, index: str) -> None: ...
 
-    def remember_head(self, index: str, head: Head) -> None: ...
+    def remember_head(self, index: str, head: Head, *, asked_s: float | None = None) -> None: ...
 
 
 class Writer:
@@ -124,6 +124,7 @@ class Writer:
             await self._apply_all(draft, group)
             return None if draft.manifest is manifest else draft
 
+        began_s = self._clock.monotonic_s()
         try:
             head = await commit(
                 self._store,
@@ -142,7 +143,7 @@ class Writer:
             if not isinstance(error, Exception):
                 raise
             return
-        self._heads.remember_head(self._index, head)
+        self._heads.remember_head(self._index, head, asked_s=began_s)
         for ticket in group:
             ticket.settle(ticket.error or head)
 

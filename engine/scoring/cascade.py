@@ -33,7 +33,6 @@ FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.02, 0.001
 recall@100 for a quarter more time."""
 STAGE_2_PAYS = 2.0
 """Stages 1 and 2 cost about as much as stage 3 for n_candidates more documents, so up to this many times n_candidates stage 3 simply takes all."""
-SPREAD_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class SegmentArrays:
     """One quantised segment ready to be searched.
 
     centroids  float32 (K, D), of the codec, shared by its segments
-    spread     residual_spread of the records; for reports, no stage reads it
     """
 
     centroids: np.ndarray
@@ -49,7 +47,6 @@ class SegmentArrays:
     forward: Forward
     records: Records
     decoder: Decoder
-    spread: float
 
     @classmethod
     def of(
@@ -58,21 +55,11 @@ class SegmentArrays:
         """Put a segment together, inverting the postings unless their inverse is at hand."""
         n_documents = len(records.n_tokens)
         forward = Forward.from_postings(postings, n_documents) if forward is None else forward
-        return cls(centroids, postings, forward, records, decoder, residual_spread(records, decoder))
+        return cls(centroids, postings, forward, records, decoder)
 
     @property
     def n_documents(self) -> int:
         return len(self.records.n_tokens)
-
-
-def residual_spread(records: Records, decoder: Decoder) -> float:
-    """Median scale of up to SPREAD_SAMPLE documents' first tokens: levels have unit variance, so this is a residual's standard deviation per dimension."""
-    full = np.flatnonzero(records.n_tokens)
-    if not len(full):
-        return 0.0
-    sample = full[:: max(1, len(full) // SPREAD_SAMPLE)]
-    middle = records.scalar_start[sample] + records.n_tokens[sample] // 2
-    return float(np.median(decoder.scale_table[records.scalars[middle, 1]]))
 
 
 @dataclass
