@@ -26,11 +26,10 @@ from engine.scoring.maxsim import ExactScorer
 from engine.scoring.rerank import rerank
 from engine.scoring.topk import best_set, top_k
 
-SECOND_LOOK_SPREADS = 2.5
+SECOND_LOOK_SPREADS = 2.25
 """The second look takes a token if its centroid plus this many of its residual's spreads reaches the document's exact best for some query token."""
-FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.02, 0.001
-"""Expected share of 100 hits lost by not looking further (rerank.py); README.md has what other values cost and lose. A sixth of these loses a third to two thirds as much
-recall@100 for a quarter more time."""
+FIRST_LOOK_MISSES, SECOND_LOOK_MISSES = 0.04, 0.002
+"""Expected share of 100 hits lost by not looking further (rerank.py); README.md has what other values cost and lose."""
 STAGE_2_PAYS = 2.0
 """Stages 1 and 2 cost about as much as stage 3 for n_candidates more documents, so up to this many times n_candidates stage 3 simply takes all."""
 
