@@ -110,9 +110,7 @@ async def read_codec_cells(parts: Parts, index: str, ref: CodecRef, cells: np.nd
     return CodecCells(ref, cells, codes, centroids, head)
 
 
-async def read_posting_cells(
-    parts: Parts, index: str, segment: SegmentRef, ref: CodecRef, cells: np.ndarray, max_gets: int
-) -> Postings:
+async def read_posting_cells(parts: Parts, index: str, segment: SegmentRef, ref: CodecRef, cells: np.ndarray, max_gets: int) -> Postings:
     """Fetch the posting lists of some cells: one round. Lists of other cells are empty."""
     reader = parts.quantised_reader(index, segment, ref)
     blocks = await read_planned(parts, reader.name, reader.posting_ranges(cells), _cell_policy(max_gets))

@@ -150,9 +150,7 @@ class Searcher:
         opened = await asyncio.gather(*(self._open_segment(snapshot, ref, wanted, mode, n_queries) for ref in snapshot.segments))
         return [segment for segment in opened if segment.mask is None or segment.mask.any()]
 
-    async def _open_segment(
-        self, snapshot: Snapshot, ref: SegmentRef, wanted: np.ndarray | None, mode: Mode, n_queries: int
-    ) -> _Segment:
+    async def _open_segment(self, snapshot: Snapshot, ref: SegmentRef, wanted: np.ndarray | None, mode: Mode, n_queries: int) -> _Segment:
         mask = await self._mask(snapshot.index, ref, wanted)
         if mask is not None and not mask.any():
             return _Segment(ref, None, mask)
@@ -162,9 +160,7 @@ class Searcher:
         codec = snapshot.manifest.codec_of(ref)
         if not await self._should_load(snapshot.index, ref, mode, n_queries):
             return _Segment(ref, codec, mask)
-        (hot, arrays), whole_codec = await asyncio.gather(
-            self._arrays(snapshot.index, ref, codec), self.parts.codec(snapshot.index, codec)
-        )
+        (hot, arrays), whole_codec = await asyncio.gather(self._arrays(snapshot.index, ref, codec), self.parts.codec(snapshot.index, codec))
         return _Segment(ref, codec, mask, arrays=arrays, rotation=whole_codec.rotation, ids=hot.ids)
 
     async def _mask(self, index: str, ref: SegmentRef, wanted: np.ndarray | None) -> np.ndarray | None:
@@ -298,9 +294,7 @@ class Searcher:
         matches = await self._explain(snapshot, hits, query) if explain else None
         return Answer(ids, scores, rows, keys, SearchStats(), matches)
 
-    async def _stored_fields(
-        self, snapshot: Snapshot, hits: Sequence[tuple[_Hits, int]]
-    ) -> list[tuple[str | None, dict[str, Any] | None]]:
+    async def _stored_fields(self, snapshot: Snapshot, hits: Sequence[tuple[_Hits, int]]) -> list[tuple[str | None, dict[str, Any] | None]]:
         """Key and fields of each hit, a segment's hits together; those of cold segments came with their records."""
         stored: list[tuple[str | None, dict[str, Any] | None]] = [(None, None)] * len(hits)
         for group, places in _by_segment(hits):
@@ -344,9 +338,7 @@ def _cascade(segment: _Segment, query: np.ndarray, params: SearchParams, stats: 
     return _finish(segment, table, shortlist(segment.arrays, table, params, segment.mask, stats), params, stats, -np.inf)
 
 
-def _finish(
-    segment: _Segment, table: CentroidScores, listed: Shortlist, params: SearchParams, stats: StageStats, floor: float
-) -> _Hits:
+def _finish(segment: _Segment, table: CentroidScores, listed: Shortlist, params: SearchParams, stats: StageStats, floor: float) -> _Hits:
     assert segment.arrays is not None and segment.ids is not None
     ordinals, scores = finish(segment.arrays, table, listed, params, stats, floor)
     return _Hits(segment, segment.ids[ordinals], scores, ordinals)
@@ -375,7 +367,9 @@ def _checked_query(query: np.ndarray, dim: int | None) -> np.ndarray:
     if array.ndim != 2 or not 1 <= len(array) <= MAX_QUERY_TOKENS:
         raise InvalidRequest(f"a query has 1 to {MAX_QUERY_TOKENS} token vectors", found=array.shape)
     if dim is not None and array.shape[1] != dim:
-        raise InvalidRequest("the query has another dimension than the index", code="dimension-mismatch", expected=dim, found=array.shape[1])
+        raise InvalidRequest(
+            "the query has another dimension than the index", code="dimension-mismatch", expected=dim, found=array.shape[1]
+        )
     if not np.isfinite(array).all():
         raise InvalidRequest("a query vector has a value that is not finite")
     return np.ascontiguousarray(array)

@@ -9,10 +9,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from s3_server import REGION, S3Server
 
 from engine.store.base import ObjectStore
 from engine.store.objects import StoreOptions, open_store
+from s3_server import REGION, S3Server
 
 BUCKET = "tartan-tests"
 

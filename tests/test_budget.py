@@ -21,8 +21,6 @@ CORPUS = make_corpus(3000, dim=64, n_topics=60, n_queries=6, seed=11)
 MAX_CURRENT_BYTES = 80_000
 
 
-
-
 async def _quantised() -> CountingStore:
     store = CountingStore(open_store("memory://"))
     reader = Reader(store)

@@ -158,7 +158,9 @@ async def test_a_bad_add_in_a_group_fails_alone() -> None:
     await _index_with(store, 3)
     writer = Reader(store).writer("books")
     wrong = np.ones((2, 7), np.float32), np.array([0, 2])
-    results = await asyncio.gather(writer.add(*CORPUS.part(3, 5)), writer.add(*wrong), writer.add(*CORPUS.part(5, 6)), return_exceptions=True)
+    results = await asyncio.gather(
+        writer.add(*CORPUS.part(3, 5)), writer.add(*wrong), writer.add(*CORPUS.part(5, 6)), return_exceptions=True
+    )
     assert isinstance(results[1], EngineError)
     assert results[1].code == "dimension-mismatch"
     assert await _live_ids(store) == list(range(6))

@@ -99,7 +99,9 @@ def test_only_one_file_spells_object_names() -> None:
 
 
 def test_no_file_collects_strangers() -> None:
-    assert not [path for path in sources("engine", "handler", "tests", "benchmarks") if path.stem in {"utils", "util", "helpers", "common", "misc"}]
+    assert not [
+        path for path in sources("engine", "handler", "tests", "benchmarks") if path.stem in {"utils", "util", "helpers", "common", "misc"}
+    ]
 
 
 def test_every_error_code_that_is_raised_is_listed_and_in_the_manual() -> None:
@@ -122,4 +124,15 @@ def test_the_search_path_imports_nothing_heavy() -> None:
     """A cold start pays for imports: no AWS SDK, no SQLite, no encoder, no plotting before they are asked for."""
     code = "import sys, engine.searcher, engine.index.reader, engine.store.objects; print(' '.join(sys.modules))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
-    assert not loaded & {"boto3", "botocore", "aioboto3", "sqlite3", "onnxruntime", "tokenizers", "numexpr", "scipy", "litestar", "matplotlib"}
+    assert not loaded & {
+        "boto3",
+        "botocore",
+        "aioboto3",
+        "sqlite3",
+        "onnxruntime",
+        "tokenizers",
+        "numexpr",
+        "scipy",
+        "litestar",
+        "matplotlib",
+    }

@@ -191,9 +191,7 @@ async def test_an_empty_index_answers_with_no_hits() -> None:
     assert len(answer.ids) == 0
 
 
-@pytest.mark.parametrize(
-    "query", [np.ones((2, 5)), np.ones((0, 32)), np.ones(32), np.full((1, 32), np.nan), np.ones((2000, 32))], ids=str
-)
+@pytest.mark.parametrize("query", [np.ones((2, 5)), np.ones((0, 32)), np.ones(32), np.full((1, 32), np.nan), np.ones((2000, 32))], ids=str)
 async def test_a_query_that_cannot_be_answered_says_why(query: np.ndarray) -> None:
     reader = await indexed(open_store("memory://"), [])
     snapshot = await reader.snapshot("x")

@@ -13,9 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from conftest import s3_options
-from s3_server import REGION, S3Server, SlowServer
 
+from conftest import s3_options
 from engine.errors import Conflict, CorruptData, EngineError, InvalidRequest, LimitExceeded, NotFound, Unavailable
 from engine.store import objects
 from engine.store.base import Buffer, ObjectStore, Range
@@ -23,6 +22,7 @@ from engine.store.cache import CachedStore
 from engine.store.directory import DirectoryStore
 from engine.store.objects import StoreOptions, open_store, probe_conditional_writes
 from engine.store.wrappers import AroundStore, Call, CountingStore, DelayStore, Fault, FaultyStore, WorldStopped
+from s3_server import REGION, S3Server, SlowServer
 
 KINDS = ["memory", "directory", "s3", "cached", "counting", "delay", "faulty", "cached-counting-directory"]
 

@@ -144,9 +144,7 @@ def column_refs(columns: Sequence[tuple[str, str]]) -> tuple[Column, ...]:
     return tuple(Column(name=name, type=kind) for name, kind in columns)
 
 
-def blobs_of(
-    n_documents: int, keys: Sequence[str | None] | None, rows: Sequence[Mapping[str, object] | None] | None
-) -> list[bytes]:
+def blobs_of(n_documents: int, keys: Sequence[str | None] | None, rows: Sequence[Mapping[str, object] | None] | None) -> list[bytes]:
     if keys is None and rows is None:
         return [b""] * n_documents
     return [

@@ -212,8 +212,14 @@ class BulkBuild:
     async def _codec(self, manifest: Manifest) -> Codec:
         """The codec of an earlier run; else the index's, if it was trained on enough; else a new one."""
         newest = newest_codec(manifest)
-        if self.state.codec_ref is None and newest is not None and self.params.retrain_growth * newest.n_tokens_trained >= self.source.n_tokens:
-            await self._note([names.codec(newest.home or self.index, newest.id)], codec=newest)  # or it may be collected, and a resumed run choose another
+        if (
+            self.state.codec_ref is None
+            and newest is not None
+            and self.params.retrain_growth * newest.n_tokens_trained >= self.source.n_tokens
+        ):
+            await self._note(
+                [names.codec(newest.home or self.index, newest.id)], codec=newest
+            )  # or it may be collected, and a resumed run choose another
             self.state.codec_ref = newest
         if self.state.codec_ref is None:
             self.state.codec_ref = await self._train(manifest)

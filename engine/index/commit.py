@@ -151,7 +151,9 @@ async def commit(
         following = _successor(head.manifest, draft.manifest, cause, clock)
         await _upload(store, index, head, draft.uploads, uploaded)
         if clock.monotonic_s() - started_s > params.max_upload_age_s:
-            raise Unavailable("the commit took so long that its uploads may have been collected", index=index, limit_s=params.max_upload_age_s)
+            raise Unavailable(
+                "the commit took so long that its uploads may have been collected", index=index, limit_s=params.max_upload_age_s
+            )
         data = encode_manifest(following)
         try:
             etag = await store.replace_if_unchanged(names.current(index), data, head.etag)

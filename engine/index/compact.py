@@ -98,9 +98,7 @@ async def compact(
 class _Work:
     """One step under way."""
 
-    def __init__(
-        self, reader: Reader, index: str, manifest: Manifest, step: Step, n_threads: int, progress: Progress | None
-    ) -> None:
+    def __init__(self, reader: Reader, index: str, manifest: Manifest, step: Step, n_threads: int, progress: Progress | None) -> None:
         self.reader, self.parts, self.index, self.manifest = reader, reader.parts, index, manifest
         self.step, self.n_threads, self.progress = step, n_threads, progress
 
@@ -130,7 +128,11 @@ class _Work:
         known = {codec.id for codec in self.manifest.codecs}
 
         async def apply(manifest: Manifest) -> Draft | None:
-            if manifest.index_id != self.manifest.index_id or {codec.id for codec in manifest.codecs} != known or manifest.dim != self.manifest.dim:
+            if (
+                manifest.index_id != self.manifest.index_id
+                or {codec.id for codec in manifest.codecs} != known
+                or manifest.dim != self.manifest.dim
+            ):
                 return None
             uploads: dict[str, Buffer] = {names.codec(self.index, codec_id): data}
             return Draft(msgspec.structs.replace(manifest, codecs=(*manifest.codecs, ref)), uploads)
@@ -171,9 +173,7 @@ class _Work:
             n_done += source.ref.n_documents
             if self.progress is not None:
                 self.progress(self.step.kind, n_done, n_all)
-        return await self.parts.compute(
-            quantised_segment, parts, codec, ref, columns=self.manifest.columns, config=self.manifest.config
-        )
+        return await self.parts.compute(quantised_segment, parts, codec, ref, columns=self.manifest.columns, config=self.manifest.config)
 
     async def _part(self, source: _Source, codec: Codec, ref: CodecRef) -> Part:
         """The documents of one source, encoded by the newest codec: as they are if it is theirs, else encoded (again)."""
@@ -193,9 +193,7 @@ class _Work:
             old = await self.parts.codec(self.index, old_ref)
             records = await self.parts.records(self.index, source.ref, old_ref)
             tokens, offsets = await self.parts.compute(decode_records, old, records, np.arange(source.ref.n_documents))
-        return await self.parts.compute(
-            encode_part, codec, tokens, offsets, ids, alive=source.alive, n_threads=self.n_threads, **extras
-        )
+        return await self.parts.compute(encode_part, codec, tokens, offsets, ids, alive=source.alive, n_threads=self.n_threads, **extras)
 
     async def _contents(self, source: _Source) -> _Contents:
         """Keys, fields and keyword texts of a source's documents, patches applied."""
@@ -213,6 +211,7 @@ class _Work:
 
     async def _replace(self, sources: Sequence[_Source], made: NewSegment, ids: np.ndarray) -> bool:
         """Swap the sources for the new segment, carrying over what happened to them meanwhile."""
+
         async def apply(manifest: Manifest) -> Draft | None:
             now = {segment.id: segment for segment in manifest.segments}
             if manifest.index_id != self.manifest.index_id or any(source.ref.id not in now for source in sources):
@@ -303,9 +302,7 @@ def _patched_blobs(records: Records, content: _Contents, source: _Source) -> Seq
     """The stored blobs, written anew only where a patch has changed them."""
     if not source.patches:
         return records.blobs
-    return [
-        encode_fields(content.keys[n], content.rows[n]) if n in source.patches else records.blobs[n] for n in range(len(records))
-    ]
+    return [encode_fields(content.keys[n], content.rows[n]) if n in source.patches else records.blobs[n] for n in range(len(records))]
 
 
 def _codecs_in_use(manifest: Manifest, segments: Sequence[SegmentRef]) -> tuple[CodecRef, ...]:

@@ -53,17 +53,13 @@ async def keyword(
     return answers
 
 
-async def _match_in(
-    snapshot: Snapshot, segment: SegmentRef, queries: Sequence[KeywordQuery], wanted: np.ndarray | None
-) -> list[Matches]:
+async def _match_in(snapshot: Snapshot, segment: SegmentRef, queries: Sequence[KeywordQuery], wanted: np.ndarray | None) -> list[Matches]:
     """What one segment contributes to each query. A segment without words contributes the number of its documents."""
     parts, index = snapshot.parts, snapshot.index
     if segment.metadata is None and not segment.patches:
         return [match_nothing(query, segment.n_live) for query in queries]
     tokenizer = snapshot.manifest.config.fts_tokenizer
-    database, alive = await asyncio.gather(
-        parts.database(index, segment, snapshot.columns, tokenizer), parts.alive(index, segment)
-    )
+    database, alive = await asyncio.gather(parts.database(index, segment, snapshot.columns, tokenizer), parts.alive(index, segment))
     mask = None
     if wanted is not None:
         mask = np.zeros(segment.n_documents, bool)

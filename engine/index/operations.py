@@ -64,9 +64,7 @@ class Add:
     _made: tuple[NewSegment, tuple[Column, ...], tuple[Column, ...]] | None = None
 
     @classmethod
-    def of(
-        cls, tokens: np.ndarray, offsets: np.ndarray, fields: Sequence[Mapping[str, object]] | None, keys: Sequence[str] | None
-    ) -> Add:
+    def of(cls, tokens: np.ndarray, offsets: np.ndarray, fields: Sequence[Mapping[str, object]] | None, keys: Sequence[str] | None) -> Add:
         """Check everything that can be checked without the index, and normalise the vectors. Raises InvalidRequest."""
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
             tokens = np.asarray(tokens)
@@ -155,9 +153,7 @@ class Add:
         if self.fields is not None:
             pairs, rows, texts = schema.extend(column_pairs(manifest.columns), self.fields)
             columns = column_refs(pairs)
-        segment = flat_segment(
-            self.tokens, self.offsets, rows=rows, texts=texts, keys=self.keys, columns=columns, config=manifest.config
-        )
+        segment = flat_segment(self.tokens, self.offsets, rows=rows, texts=texts, keys=self.keys, columns=columns, config=manifest.config)
         return segment, columns
 
 

@@ -423,7 +423,9 @@ def decode_records(codec: Codec, records: Records, which: np.ndarray) -> tuple[n
     def at(starts: np.ndarray) -> np.ndarray:
         return within + np.repeat(starts[which], records.n_tokens[which])
 
-    encoded = Encoded(records.codes[at(records.code_start)], records.scalars[at(records.scalar_start)], records.rows[at(records.residual_start)])
+    encoded = Encoded(
+        records.codes[at(records.code_start)], records.scalars[at(records.scalar_start)], records.rows[at(records.residual_start)]
+    )
     return decode(codec, encoded), offsets
 
 

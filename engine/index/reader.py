@@ -178,9 +178,7 @@ class Snapshot:
         codec = self.manifest.codec_of(segment) if segment.codec else None
         stored = await self.parts.fields(self.index, segment, ordinals, codec)
         own_ids = (await self.parts.ids(self.index, segment))[ordinals]
-        return {
-            document_id: self.full_row(document_id, fields) for document_id, (_, fields) in zip(own_ids.tolist(), stored, strict=True)
-        }
+        return {document_id: self.full_row(document_id, fields) for document_id, (_, fields) in zip(own_ids.tolist(), stored, strict=True)}
 
     def full_row(self, document_id: int, fields: dict[str, object] | None) -> dict[str, object]:
         """A row as answers carry it."""

@@ -36,6 +36,7 @@ def homes_of(manifest: Manifest, index: str) -> set[str]:
 
 def rehomed(manifest: Manifest, index: str) -> Manifest:
     """The same documents as seen from another index: every reference says whose prefix it lies under."""
+
     def settle(ref: CodecRef | SegmentRef) -> CodecRef | SegmentRef:
         changes: dict[str, object] = {"home": ref.home or index}
         if isinstance(ref, SegmentRef):

@@ -138,9 +138,7 @@ async def pin(
     await store.put_if_absent(names.pin(index, name), write_marker(wanted))
     if await _is_being_collected(store, index, manifest):
         await store.delete([names.pin(index, name)])
-        raise NotFound(
-            "the generation is just being collected", code="generation-not-found", index=index, generation=manifest.generation
-        )
+        raise NotFound("the generation is just being collected", code="generation-not-found", index=index, generation=manifest.generation)
     return wanted
 
 
@@ -196,9 +194,7 @@ async def rollback(
         return await commit(store, index, apply, cause=f"roll back to generation {generation}", params=params, clock=clock)
 
 
-async def branch(
-    store: ObjectStore, index: str, name: str, *, generation: int | None = None, clock: Clock | None = None
-) -> Head:
+async def branch(store: ObjectStore, index: str, name: str, *, generation: int | None = None, clock: Clock | None = None) -> Head:
     """Make a new index `name` over the objects of a generation, without copying them. Both then go their own ways.
 
     Raises Conflict (`index-exists`) if `name` is taken. Costs a handful of requests whatever the size.
@@ -210,7 +206,9 @@ async def branch(
         shared = rehomed(manifest, index)
         homes = homes_of(shared, name)
         marker = write_marker(Branch(index=name, generation=manifest.generation, created_s=(clock or SystemClock()).now_s()))
-        own_name = f"{name}-{names.fresh_id()}"  # of this branching: a marker left by an earlier one may be about to be deleted with its home
+        own_name = (
+            f"{name}-{names.fresh_id()}"  # of this branching: a marker left by an earlier one may be about to be deleted with its home
+        )
         for home in sorted(homes):
             await store.put_if_absent(names.branch(home, own_name), marker)
         cause = f"branch of {index} generation {manifest.generation}"
