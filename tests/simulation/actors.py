@@ -29,6 +29,7 @@ WEIGHTS = {
     "group": 10.0,
     "delete": 12.0,
     "update": 8.0,
+    "refilter": 1.5,
     "configure": 2.0,
     "wrong": 1.0,
     "read": 22.0,
@@ -41,6 +42,7 @@ WEIGHTS = {
     "churn": 4.0,
     "collect": 4.0,
     "part": 1.5,
+    "chain": 0.7,
     "sweep": 8.0,
     "pin": 6.0,
     "unpin": 4.0,
@@ -96,6 +98,8 @@ class Client:
         await asyncio.sleep(self.rng.expovariate(1 / self.world.settings.think_s))
         self.rested = self.world.loop.now < self.world.lull_until
         if self.rested:
+            if self.rng.random() < 0.3:
+                await self._glance(self.rng.choice(INDICES))
             await asyncio.sleep(self.world.lull_until - self.world.loop.now + self.rng.uniform(0, 2))
 
     async def _call(self, op: Op, work: Awaitable[Any], answer: Callable[[Any], Any] = lambda value: None) -> Any:
@@ -154,7 +158,10 @@ class Client:
         await self._call(op, self.reader.writer(index).delete(np.array(ids)), lambda n: n)
 
     async def _update(self, index: str) -> None:
-        ids, values = self._some_ids(index), {"n": self.rng.randrange(1000)} if self.rng.random() < 0.7 else {"t": f"u{self.rng.randrange(1000)}"}
+        ids, values = (
+            self._some_ids(index),
+            {"n": self.rng.randrange(1000)} if self.rng.random() < 0.7 else {"t": f"u{self.rng.randrange(1000)}"},
+        )
         op = self.world.begin("update", index, self.process, ids=ids, values=values)
         await self._call(op, self.reader.writer(index).update(np.array(ids), values), lambda n: n)
 
@@ -185,7 +192,7 @@ class Client:
             self.held.append(Held(snapshot, record))
             del self.held[:-4]
 
-    async def _look(self, op: Op, opening: Callable[[], Awaitable[Snapshot]], max_age_s: float) -> Snapshot | None:
+    async def _look(self, op: Op, opening: Callable[[], Awaitable[Snapshot]], max_age_s: float, filtering: float = 0.2) -> Snapshot | None:
         """Open a snapshot and compare all of it with the model."""
         try:
             snapshot = await opening()
@@ -196,10 +203,10 @@ class Client:
         except (Exception, asyncio.CancelledError) as error:
             self.world.end(op, error=error)
             return None
-        await self._compare(op, snapshot, record)
+        await self._compare(op, snapshot, record, filtering)
         return snapshot
 
-    async def _compare(self, op: Op, snapshot: Snapshot, record: Record) -> None:
+    async def _compare(self, op: Op, snapshot: Snapshot, record: Record, filtering: float = 0.2) -> None:
         """Everything that a snapshot says is what the model says of that generation, while the generation must be readable."""
         try:
             ids = (await snapshot.live_ids()).tolist()
@@ -212,7 +219,7 @@ class Client:
                     raise Violation("read", f"{op} sees rows {rows} in generation {record.generation}, should see {wanted}")
             if self.rng.random() < 0.15:
                 await self._search_in(op, snapshot, record)
-            if "n" in record.state.columns and self.rng.random() < 0.25:
+            if "n" in record.state.columns and self.rng.random() < filtering:
                 found = (await snapshot.select("n >= ?", [50])).tolist()
                 wanted_ids = [n for n in ids if (record.state.docs[n].fields.get("n") or 0) >= 50]
                 if found != wanted_ids:
@@ -240,13 +247,15 @@ class Client:
         k = 5
         [answer] = await self.searcher.search(snapshot, [query], SearchParams(k=k), mode=self.rng.choice(("auto", "warm", "cold")))
         exact = self.world.brute_force(record.state, query)
-        kth = sorted(exact.values(), reverse=True)[: k][-1] if exact else 0.0
+        kth = sorted(exact.values(), reverse=True)[:k][-1] if exact else 0.0
         tolerance = 0.01 if all(segment.kind == "flat" for segment in snapshot.segments) else 0.6
         if len(answer.ids) != min(k, len(exact)):
             raise Violation("search", f"{op} finds {answer.ids.tolist()} among {sorted(exact)}")
         for number, score in zip(answer.ids.tolist(), answer.scores.tolist(), strict=True):
             if number not in exact or abs(exact[number] - score) > tolerance or exact[number] < kth - 2 * tolerance:
-                raise Violation("search", f"{op} finds document {number} with {score:.3f}, should be {exact.get(number)}; best {k} reach {kth:.3f}")
+                raise Violation(
+                    "search", f"{op} finds document {number} with {score:.3f}, should be {exact.get(number)}; best {k} reach {kth:.3f}"
+                )
 
     async def _search(self, index: str) -> None:
         op = self.world.begin("search", index, self.process)
@@ -276,6 +285,11 @@ class Client:
         record = self.world.current(index)
         if record is None:
             return None
+        if self.rng.random() < 0.4:
+            life = record.life.id
+            kept = [n for (own, n), one in self.world.records.items() if own == life and one.archive in self.world.bucket.objects]
+            if kept:
+                return self.rng.choice(kept)
         return max(0, record.generation - self.rng.choice((0, 1, 1, 2, 3, 5, 9)))
 
     async def _old(self, index: str) -> None:
@@ -312,8 +326,6 @@ class Client:
             for kind, n in report.steps.items():
                 self.world.counts[f"compaction {kind}"] += n
             self.world.counts["compaction given up"] += report.n_given_up
-            if report.steps.get("train", 0) > 2:
-                self.world.fail("loop", f"{op} trained {report.steps['train']} codecs in one go")
 
     async def _churn(self, index: str) -> None:
         """Compaction while the same documents change."""
@@ -326,13 +338,43 @@ class Client:
 
     async def _collect(self, index: str) -> None:
         """Garbage collection while others write, and revive what it is about to take."""
-        kinds = self.rng.choices(["pin", "rollback", "branch", "add", "compact", "unpin"], [4, 3, 2, 3, 1, 1], k=self.rng.randint(1, 3))
+        kinds = self.rng.choices(["pin", "rollback", "branch", "add", "compact", "unpin"], [6, 3, 2, 4, 1, 1], k=self.rng.randint(2, 5))
         await asyncio.gather(self._sweep(index), *(self._late(kind, index) for kind in kinds))
 
     async def _part(self, index: str) -> None:
         """An index is deleted while somebody branches it, or its branch."""
         other = self.rng.choice(INDICES)
         await asyncio.gather(self._branch(index), self._late("drop", index if self.rng.random() < 0.7 else other))
+
+    async def _chain(self, index: str) -> None:
+        """A branch of a branch; then the one between goes, and the first one too, perhaps while the last is made again."""
+        between, last = self.rng.sample([other for other in INDICES if other != index], 2)
+        await self._drop(between)
+        await self._drop(last)
+        await self._branch_to(index, between)
+        await self._branch_to(between, last)
+        if self.rng.random() < 0.5:
+            await self._drop(last)
+            await asyncio.gather(self._branch_to(between, last), self._late("drop", index))
+        elif self.rng.random() < 0.5:
+            await self._drop(index)
+        await self._drop(between)
+        await self._drop(index) if self.rng.random() < 0.5 else await self._sweep(index)
+
+    async def _glance(self, index: str) -> None:
+        """Pin what is in force and let go of it: its archive is written early."""
+        known = set(self.world.pinned_names(index))
+        await self._pin(index, now=True)
+        for name in self.world.pinned_names(index):
+            if name not in known:
+                await self._unpin(index, name)
+
+    async def _refilter(self, index: str) -> None:
+        """Filter, change, filter: what a process remembers must not show."""
+        for _ in range(2):
+            op = self.world.begin("read", index, self.process)
+            await self._look(op, lambda: self.reader.snapshot(index), 0.0, filtering=1.0)
+            await self._update(index)
 
     async def _sweep(self, index: str) -> None:
         op = self.world.begin("sweep", index, self.process)
@@ -366,9 +408,9 @@ class Client:
 
     # Time
 
-    async def _pin(self, index: str) -> None:
+    async def _pin(self, index: str, now: bool = False) -> None:
         name = f"p{len(self.world.ops)}"
-        generation = self._some_generation(index) if self.rng.random() < 0.7 else None
+        generation = self._some_generation(index) if not now and self.rng.random() < 0.8 else None
         op = self.world.begin("pin", index, self.process, name=name, generation=generation)
         pin = await self._call(op, snapshots.pin(self.reader.store, index, name, generation=generation, clock=self.reader.clock))
         if pin is None:
@@ -382,16 +424,15 @@ class Client:
         if gone and record.life.alive:
             self.world.fail("pin", f"{op} was acknowledged, but {gone[0]} of generation {pin.generation} is gone")
 
-    def _a_pin(self, index: str) -> tuple[str, Record] | None:
-        record = self.world.current(index)
-        known = [(name, key) for key, pins in self.world.pinned.items() for name in pins if record and key[0] == record.life.id]
+    def _a_pin(self, index: str, wanted: str = "") -> tuple[str, Record] | None:
+        known = [(name, key) for name, key in self.world.pinned_names(index).items() if wanted in ("", name)]
         if not known:
             return None
         name, key = self.rng.choice(known)
         return name, self.world.records[key]
 
-    async def _unpin(self, index: str) -> None:
-        chosen = self._a_pin(index)
+    async def _unpin(self, index: str, wanted: str = "") -> None:
+        chosen = self._a_pin(index, wanted)
         if chosen is None:
             return
         name, record = chosen
@@ -437,7 +478,9 @@ class Client:
         others = [other for other in INDICES if other != index]
         free = [other for other in others if self.world.current(other) is None]
         name = self.rng.choice(free if free and self.rng.random() < 0.8 else others)
-        generation = self._some_generation(index) if self.rng.random() < 0.5 else None
+        await self._branch_to(index, name, self._some_generation(index) if self.rng.random() < 0.5 else None)
+
+    async def _branch_to(self, index: str, name: str, generation: int | None = None) -> None:
         op = self.world.begin("branch", name, self.process, source=index, generation=generation)
         await self._call(op, snapshots.branch(self.reader.store, index, name, generation=generation, clock=self.reader.clock))
 

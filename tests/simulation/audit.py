@@ -79,7 +79,9 @@ class Auditor:
         if known is None:
             name = names.segment(ref.home or index, ref.id)
             data = self._objects[name].data
-            known = self._flat(ref, data, name, manifest.dim or 0) if ref.kind == "flat" else self._quantised(manifest, index, ref, data, name)
+            known = (
+                self._flat(ref, data, name, manifest.dim or 0) if ref.kind == "flat" else self._quantised(manifest, index, ref, data, name)
+            )
             self._segments[ref.id] = known
         return known
 

@@ -45,7 +45,11 @@ MUTATIONS = (
         "CURRENT is written before the uploads",
         (
             (f"{COMMIT}:commit", "        await _upload(store, index, head, draft.uploads, uploaded)\n", ""),
-            (f"{COMMIT}:commit", "        return Head(following, data, etag)\n", "        await _upload(store, index, head, draft.uploads, uploaded)\n        return Head(following, data, etag)\n"),
+            (
+                f"{COMMIT}:commit",
+                "        return Head(following, data, etag)\n",
+                "        await _upload(store, index, head, draft.uploads, uploaded)\n        return Head(following, data, etag)\n",
+            ),
         ),
     ),
     _one(
@@ -54,17 +58,37 @@ MUTATIONS = (
         "replace_if_unchanged(names.current(index), data, head.etag)",
         "replace_if_unchanged(names.current(index), data, (await store.get(names.current(index))).etag)",
     ),
-    _one("a retry does not apply the change again", f"{COMMIT}:commit", "        draft = await apply(head.manifest)\n", "        draft = draft if attempt else await apply(head.manifest)\n"),
+    _one(
+        "a retry does not apply the change again",
+        f"{COMMIT}:commit",
+        "        draft = await apply(head.manifest)\n",
+        "        draft = draft if attempt else await apply(head.manifest)\n",
+    ),
     _one("nothing to do is believed of an old generation", f"{COMMIT}:commit", "if draft is None and head is believed:", "if False:"),
     _one("the first lost race is reported", f"{COMMIT}:commit", "range(params.max_attempts)", "range(1)"),
-    _one("the generation is counted from the contents", f"{COMMIT}:_successor", "generation=before.generation + 1", "generation=after.generation + 1"),
+    _one(
+        "the generation is counted from the contents",
+        f"{COMMIT}:_successor",
+        "generation=before.generation + 1",
+        "generation=after.generation + 1",
+    ),
     _one("time runs backwards", f"{COMMIT}:_successor", "max(clock.now_s(), before.created_s)", "clock.now_s()"),
-    _one("a commit outlives its index", f"{COMMIT}:commit", "if head.manifest.index_id != following.index_id:", "if False:"),
+    _one("a commit outlives its index", f"{COMMIT}:commit", "if uploaded and head.manifest.index_id != life:", "if False:"),
     _one("a failed upload is forgotten", f"{COMMIT}:_upload", "if isinstance(result, BaseException):", "if False:"),
     # Writer
-    _one("a group loses its fourth call", f"{WRITER}:Writer._take_group", "group.append(ticket)", "group.append(ticket) if len(group) != 3 else ticket.fate.set_result(None)"),
+    _one(
+        "a group loses its fourth call",
+        f"{WRITER}:Writer._take_group",
+        "group.append(ticket)",
+        "group.append(ticket) if len(group) != 3 else ticket.fate.set_result(None)",
+    ),
     _one("a call returns before its commit", f"{WRITER}:Writer._submit", "return await ticket.fate", "return ticket.fate"),
-    _one("one bad call fails its group", f"{WRITER}:Writer._apply_all", "ticket.error = error", "[setattr(other, 'error', error) for other in group]"),
+    _one(
+        "one bad call fails its group",
+        f"{WRITER}:Writer._apply_all",
+        "ticket.error = error",
+        "[setattr(other, 'error', error) for other in group]",
+    ),
     _one("a failed commit is acknowledged", f"{WRITER}:Writer._commit_group", "ticket.settle(error)", "ticket.settle(None)"),
     # Operations
     _one("new tombstones forget the old", f"{OPERATIONS}:_with_tombstones", "np.union1d(before, ordinals)", "np.sort(ordinals)"),
@@ -76,10 +100,20 @@ MUTATIONS = (
         "first_id = max((segment.last_id for segment in manifest.segments), default=-1) + 1",
     ),
     _one("a key does not replace", f"{OPERATIONS}:Add.apply", "if self.keys is not None:", "if False:"),
-    _one("eviction counts dead documents", f"{OPERATIONS}:_evict", "draft.manifest.n_documents - limit", "sum(s.n_documents for s in draft.manifest.segments) - limit"),
+    _one(
+        "eviction counts dead documents",
+        f"{OPERATIONS}:_evict",
+        "draft.manifest.n_documents - limit",
+        "sum(s.n_documents for s in draft.manifest.segments) - limit",
+    ),
     _one("eviction does not see the draft", f"{OPERATIONS}:_evict", "excess, draft.uploads)", "excess)"),
     _one("a new segment keeps its own ids", f"{OPERATIONS}:Add.apply", "written.segment.rebased(first_id)", "written.segment"),
-    _one("a segment goes when half of it is dead", f"{OPERATIONS}:bury", "if len(ordinals) == segment.n_live:", "if len(ordinals) * 2 >= segment.n_live > 0:"),
+    _one(
+        "a segment goes when half of it is dead",
+        f"{OPERATIONS}:bury",
+        "if len(ordinals) == segment.n_live:",
+        "if len(ordinals) * 2 >= segment.n_live > 0:",
+    ),
     # Compaction
     Mutation(
         "a compactor does not look whether its sources are gone",
@@ -90,10 +124,25 @@ MUTATIONS = (
     ),
     _one("a compactor drops late deletes", f"{COMPACT}:_Work._carry_over", "dead.append(rank", "(rank"),
     _one("a compactor drops late updates", f"{COMPACT}:_Work._carry_over", "if source.patches.get(ordinal) != row", "if False"),
-    _one("a compactor drops late adds", f"{COMPACT}:_Work._replace", "for segment in manifest.segments if segment.id not in gone", "for segment in self.manifest.segments if segment.id not in gone"),
-    _one("a compactor revives the dead", f"{COMPACT}:_Work._open", "return _Source(ref, dead, patches)", "return _Source(ref, dead[:0], patches)"),
+    _one(
+        "a compactor drops late adds",
+        f"{COMPACT}:_Work._replace",
+        "for segment in manifest.segments if segment.id not in gone",
+        "for segment in self.manifest.segments if segment.id not in gone",
+    ),
+    _one(
+        "a compactor revives the dead",
+        f"{COMPACT}:_Work._open",
+        "return _Source(ref, dead, patches)",
+        "return _Source(ref, dead[:0], patches)",
+    ),
     _one("a compactor does not see a rollback", f"{COMPACT}:_Work._replace", "self._is_undone(", "False and self._is_undone("),
-    _one("the newest codec is the one with the greatest id", "engine.index.plan:newest_codec", "(codec.n_tokens_trained, codec.id)", "codec.id"),
+    _one(
+        "the newest codec is the one with the greatest id",
+        "engine.index.plan:newest_codec",
+        "(codec.n_tokens_trained, codec.id)",
+        "codec.id",
+    ),
     # Time
     Mutation(
         "next_id falls on a rollback",
@@ -104,10 +153,31 @@ MUTATIONS = (
     ),
     _one("a pin does not look at sweeps", f"{SNAPSHOTS}:pin", "if await _is_being_collected(store, index, manifest):", "if False:"),
     _one("a pin of CURRENT is not archived", f"{SNAPSHOTS}:pin", "await archive(store, index, head)", "pass"),
-    _one("a branch leaves no marker", f"{SNAPSHOTS}:branch", "for home in homes:", "for home in ():"),
-    _one("a branch marks only its parent", f"{SNAPSHOTS}:branch", "for home in homes:", "for home in (index,):"),
-    _one("a branch does not see its parent go", f"{SNAPSHOTS}:branch", "if parent is None or parent.manifest.index_id != manifest.index_id:", "if False:"),
-    _one("a branch forgets whose its objects are", "engine.index.references:rehomed", 'changes: dict[str, object] = {"home": ref.home or index}', 'changes: dict[str, object] = {"home": index}'),
+    _one("a branch leaves no marker", f"{SNAPSHOTS}:branch", "for home in sorted(homes):", "for home in ():"),
+    _one("a branch marks only its parent", f"{SNAPSHOTS}:branch", "for home in sorted(homes):", "for home in (index,):"),
+    Mutation(
+        "a branch trusts the marker of an earlier one",
+        (
+            (f"{SNAPSHOTS}:branch", 'f"{name}-{names.fresh_id()}"', "name"),
+            (
+                f"{SNAPSHOTS}:branch",
+                "await store.put_if_absent(names.branch(home, own_name), marker)",
+                "await asyncio.gather(store.put_if_absent(names.branch(home, own_name), marker), return_exceptions=True)",
+            ),
+        ),
+    ),
+    _one(
+        "a branch does not see its parent go",
+        f"{SNAPSHOTS}:branch",
+        "if parent is None or parent.manifest.index_id != manifest.index_id:",
+        "if False:",
+    ),
+    _one(
+        "a branch forgets whose its objects are",
+        "engine.index.references:rehomed",
+        'changes: dict[str, object] = {"home": ref.home or index}',
+        'changes: dict[str, object] = {"home": index}',
+    ),
     # Garbage collection
     _one("a sweep keeps no grace", f"{SWEEP}:_kept_names", "now_s - replaced_s[generation] <= grace_s", "False"),
     _one("a sweep takes young objects", f"{SWEEP}:sweep", "now_s - listed.modified_s > grace_s and", ""),
@@ -119,11 +189,32 @@ MUTATIONS = (
         ),
     ),
     _one("a sweep ignores branches", f"{SWEEP}:_kept_names", "await names_kept_for_branches(store, index) |", ""),
-    _one("a sweep sees only the newest generation of a branch", f"{SWEEP}:names_kept_for_branches", "if manifest is not None:", "if False:"),
-    _one("a sweep does not look again", f"{SWEEP}:_delete_unless_named_now", "kept = await _kept_names(store, index, now_s, grace_s)", "kept = set()"),
-    _one("a sweep does not write down what it deletes", f"{SWEEP}:_delete_unless_named_now", "_put_marker(store, index, doomed, clock)", "_put_marker(store, index, [], clock)"),
-    _one("a sweep deletes objects before manifests", f"{SWEEP}:_delete_unless_named_now", "await store.delete(manifests)", "await store.delete([name for name in doomed if name not in manifests])\n        await store.delete(manifests)"),
-    _one("a sweep trusts its own clock", f"{SWEEP}:sweep", "now_s = await _store_now_s(store, index, clock or SystemClock())", "now_s = (clock or SystemClock()).now_s()"),
+    _one("a sweep sees only the newest generation of a branch", f"{SWEEP}:_names_of_branch", "if manifest is not None:", "if False:"),
+    _one("branches are listed once", f"{SWEEP}:names_kept_for_branches", "while new :=", "if new :="),
+    _one(
+        "a sweep does not look again",
+        f"{SWEEP}:_delete_unless_named_now",
+        "kept = await _kept_names(store, index, now_s, grace_s)",
+        "kept = set()",
+    ),
+    _one(
+        "a sweep does not write down what it deletes",
+        f"{SWEEP}:_delete_unless_named_now",
+        "_put_marker(store, index, doomed, clock)",
+        "_put_marker(store, index, [], clock)",
+    ),
+    _one(
+        "a sweep deletes objects before manifests",
+        f"{SWEEP}:_delete_unless_named_now",
+        "await store.delete(manifests)",
+        "await store.delete([name for name in doomed if name not in manifests])\n        await store.delete(manifests)",
+    ),
+    _one(
+        "a sweep trusts its own clock",
+        f"{SWEEP}:sweep",
+        "now_s = await _store_now_s(store, index, clock or SystemClock())",
+        "now_s = (clock or SystemClock()).now_s()",
+    ),
     Mutation(
         "a sweep lists the history before it reads CURRENT",
         (
@@ -135,10 +226,21 @@ MUTATIONS = (
             (f"{SWEEP}:_kept_names", "    archived, replaced_s = await _history(store, index, head)\n    manifests", "    manifests"),
         ),
     ),
-    _one("a sweep takes the archive of the generation in force", f"{SWEEP}:_kept_names", "in_force = generation >= head.generation", "in_force = False"),
-    _one("a generation ages from its own archive", f"{SWEEP}:_history", "written_s.get(generation + 1, written_s[generation])", "written_s[generation]"),
+    _one(
+        "a sweep takes the archive of the generation in force",
+        f"{SWEEP}:_kept_names",
+        "in_force = generation >= head.generation",
+        "in_force = False",
+    ),
+    _one(
+        "a generation ages from its own archive",
+        f"{SWEEP}:_history",
+        "written_s.get(generation + 1, written_s[generation])",
+        "written_s[generation]",
+    ),
     # Deletion of an index
-    _one("a drop takes what branches share", f"{INDICES}:drop", "kept = await names_kept_for_branches(store, index)", "kept = set()"),
+    _one("a drop takes what branches share", f"{INDICES}:drop", "| await names_kept_for_branches(store, index)", ""),
+    _one("a drop takes what a branch under way holds", f"{INDICES}:drop", "await names_held(store, index) |", ""),
     Mutation(
         "a drop deletes CURRENT last",
         (
@@ -154,17 +256,43 @@ MUTATIONS = (
         ),
     ),
     # Reading
-    _one("a strong read is answered from memory", f"{READER}:Reader.head", "if known is not None and max_age_s > 0 and started_s - known[1] <= max_age_s:", "if known is not None:"),
+    _one(
+        "a strong read is answered from memory",
+        f"{READER}:Reader.head",
+        "if known is not None and max_age_s > 0 and started_s - known[1] <= max_age_s:",
+        "if known is not None:",
+    ),
+    _one(
+        "what was committed is as young as its answer",
+        f"{READER}:Reader.remember_head",
+        "if asked_s is None else asked_s",
+        "if True else asked_s",
+    ),
     _one("a writer builds on what it knew yesterday", f"{READER}:Reader.known_head", "MAX_HEAD_AGE_S", "1e9"),
-    _one("an old read is older than it may be", f"{READER}:Reader.head", "started_s - known[1] <= max_age_s", "started_s - known[1] <= 10 * max_age_s + 60"),
+    _one(
+        "an old read is older than it may be",
+        f"{READER}:Reader.head",
+        "started_s - known[1] <= max_age_s",
+        "started_s - known[1] <= 10 * max_age_s + 60",
+    ),
     _one("tombstones are remembered by segment", f"{PARTS}:Parts.tombstones", '("tombstones", ref.id)', '("tombstones", segment.id)'),
     _one("patches are remembered by segment", f"{PARTS}:Parts.patches", '("patch", ref.id)', '("patch", segment.id)'),
     _one("filters are remembered without patches", f"{PARTS}:Parts.database", "tuple(ref.id for ref in segment.patches)", "()"),
     # The store
     _one("what exists is taken for ours", f"{OBJECTS}:_RemoteStore.put_if_absent", "elif held.is_ours:", "elif True:"),
-    _one("a refused create is not read back", f"{OBJECTS}:_RemoteStore.put_if_absent", "held = await self._read_back(name, data)", 'held = _Held("", is_ours=False)'),
-    _one("a replace is retried with the new etag", f"{OBJECTS}:_RemoteStore.replace_if_unchanged", "if held.etag != etag:", "if (etag := held.etag) is None:"),
-    _one("a cut answer is taken for whole", f"{OBJECTS}:_RemoteStore._read_once", "if len(data) != meta[\"size\"]:", "if False:"),
+    _one(
+        "a refused create is not read back",
+        f"{OBJECTS}:_RemoteStore.put_if_absent",
+        "held = await self._read_back(name, data)",
+        'held = _Held("", is_ours=False)',
+    ),
+    _one(
+        "a replace is retried with the new etag",
+        f"{OBJECTS}:_RemoteStore.replace_if_unchanged",
+        "if held.etag != etag:",
+        "if (etag := held.etag) is None:",
+    ),
+    _one("a cut answer is taken for whole", f"{OBJECTS}:_RemoteStore._read_once", 'if len(data) != meta["size"]:', "if False:"),
 )
 
 

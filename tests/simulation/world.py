@@ -59,6 +59,7 @@ class Life:
     id: str
     alive: bool = True
     confirmed: bool = True
+    revived: bool = False
     damage: str = ""
 
 
@@ -125,7 +126,7 @@ class World:
         self.bucket.witness = self
         self.rng = random.Random(f"world {settings.seed}")
         self.params = MaintenanceParams(
-            min_quantise_documents=12, max_flat_tokens=40, max_flat_segments=4, merge_factor=2, retrain_growth=1.4, max_segment_documents=24
+            min_quantise_documents=8, max_flat_tokens=40, max_flat_segments=4, merge_factor=2, retrain_growth=1.3, max_segment_documents=24
         )
         self.weather = settings.weather
         self.auditor = Auditor(self.bucket.objects)
@@ -246,12 +247,18 @@ class World:
             life = old.life
             self._check_succession(old, manifest)
             state = self._followed(old, manifest, operations)
+            if any(op.kind == "compact" for op in operations):
+                self._check_training(old.manifest, manifest)
+            if any(op.kind == "build" for op in operations):  # it brings the columns that were there when it began
+                state = replace(state, columns=state.columns | {column.name for column in manifest.columns} & {"n", "t"})
         objects = frozenset(objects_of(manifest, index))
         missing = sorted(name for name in objects if name not in self.bucket.objects)
         if missing and not life.confirmed:
             life.damage = life.damage or f"{missing[0]} is not there when the branch is made"
         elif missing and not life.damage:
-            raise Violation("dangling", f"{index} generation {manifest.generation} names {missing[0]}, which is not there; asked for by {asked}")
+            raise Violation(
+                "dangling", f"{index} generation {manifest.generation} names {missing[0]}, which is not there; asked for by {asked}"
+            )
         if not missing:
             self._compare(index, manifest, state, asked)
         record = Record(life, manifest, after.data, state, objects, self.tick, self.loop.now)
@@ -280,20 +287,31 @@ class World:
         if len(operations) != 1 or operations[0].kind not in ("create", "branch"):
             raise Violation("phantom", f"{index} came into being for {[str(op) for op in operations]}")
         op = operations[0]
-        if manifest.index_id in self.lives and op.kind == "create":
-            # A create whose answer was lost is repeated by the store; if the index was dropped in between, it is made again.
-            op.applied.clear()
+        if manifest.index_id in self.lives:
+            # The PUT of a create may be repeated by the store, or arrive late, after the index was deleted. S3 cannot tell.
+            op.applied[:] = [(manifest.index_id, manifest.generation)]
             self.counts["indices made twice"] += 1
+            self.lives[manifest.index_id].damage = "made twice"
+            life = self.lives[manifest.index_id]
+            life.alive, life.revived = True, True
+            return self.records[life.id, 0].state, life
         self._note_applied(op, manifest.index_id, manifest.generation, None)
         life = self.lives[manifest.index_id] = Life(index, manifest.index_id, confirmed=op.kind == "create")
         if op.kind == "create":
             return State(max_documents=op.args["max_documents"]), life
         source = op.args["source"]
-        candidates = [record for record in self.records.values() if record.life.index == source and f"generation {record.generation}" in manifest.cause]
-        candidates = [record for record in candidates if record.manifest.segments == () or names_of(record) & names_in(manifest, index)] or candidates
-        matching = [record for record in candidates if record.manifest.next_id == manifest.next_id]
+        objects = frozenset(objects_of(manifest, index))
+        lives = {record.life.id for record in self.in_force(source, op.invoked_tick) if record is not None}
+        matching = [
+            record
+            for record in self.records.values()
+            if record.life.id in lives
+            and manifest.cause == f"branch of {source} generation {record.generation}"
+            and (record.life.index, record.objects, record.manifest.next_id) == (source, objects, manifest.next_id)
+        ]
         if not matching:
             raise Violation("branch", f"{index} is a branch of nothing that {source} ever was")
+        life.revived = matching[-1].life.revived
         return matching[-1].state, life
 
     def _followed(self, old: Record, manifest: Manifest, operations: tuple[Op, ...]) -> State:
@@ -315,6 +333,14 @@ class World:
             if op.kind != "compact" and result is not REFUSED:
                 self._note_applied(op, old.life.id, manifest.generation, result)
         return state
+
+    def _check_training(self, old: Manifest, new: Manifest) -> None:
+        """A codec is trained only when the index has outgrown all that it has. Else compaction would train for ever."""
+        known = {codec.id for codec in old.codecs}
+        trained_on = max((codec.n_tokens_trained for codec in old.codecs), default=0)
+        for codec in new.codecs:
+            if codec.id not in known and codec.n_tokens_trained <= self.params.retrain_growth * trained_on:
+                raise Violation("loop", f"a codec was trained on {codec.n_tokens_trained} tokens although there is one of {trained_on}")
 
     def _note_applied(self, op: Op, life: str, generation: int, result: Any) -> None:
         has_effect = op.kind in ("add", "build", "create", "branch", "rollback") or bool(result)
@@ -365,9 +391,14 @@ class World:
 
     # Garbage
 
+    def pinned_names(self, index: str) -> dict[str, tuple[str, int]]:
+        """Acknowledged pins of the living index, and what they keep."""
+        record = self.current(index)
+        return {name: key for key, pins in self.pinned.items() for name in pins if record and key[0] == record.life.id}
+
     def is_protected(self, record: Record) -> str:
         """Why a generation must be readable now; empty if it need not."""
-        if not record.life.alive:
+        if not record.life.alive or record.life.revived:
             return ""
         if record.ended_s is None:
             return "is in force"
@@ -435,14 +466,16 @@ class World:
             raise Violation("lost", f"{op} was acknowledged and is nowhere in the history")
         if op.kind == "branch":
             life = self.lives[op.applied[0][0]]
-            if life.damage and life.alive:
+            if life.damage and life.alive and not life.revived:
                 raise Violation("deleted", f"{op} was acknowledged: {life.damage}")
             life.confirmed = True
         if op.kind in ("add", "delete", "update", "configure"):
             if op.applied:
                 if op.results[-1] != value:
                     raise Violation("answer", f"{op} was told {value}, but did {op.results[-1]}")
-            elif not any(record is not None and _does_nothing(record.state, op, value) for record in self.in_force(op.index, op.invoked_tick)):
+            elif not any(
+                record is not None and _does_nothing(record.state, op, value) for record in self.in_force(op.index, op.invoked_tick)
+            ):
                 raise Violation("lost", f"{op} was acknowledged with {value}, but is nowhere in the history and was never without effect")
 
     def _judge_refusal(self, op: Op, error: EngineError) -> None:
@@ -457,7 +490,13 @@ class World:
             raise Violation("refused", f"{op} found no index, but there was one all the time")
         if isinstance(error, NotFound) and error.code == "object-not-found" and not ended:
             raise Violation("refused", f"{op}: {error}")
-        if isinstance(error, Conflict) and error.code == "commit-conflict" and op.kind != "build" and len(was) < 20 and not self._changed_lately(op):
+        if (
+            isinstance(error, Conflict)
+            and error.code == "commit-conflict"
+            and op.kind != "build"
+            and len(was) < 20
+            and not (self._changed_lately(op) or self._source_ended(op))
+        ):
             raise Violation("conflict", f"{op} met a conflict with nobody: {error}; only {len(was) - 1} others committed")
         if isinstance(error, NotFound) and error.code == "generation-not-found" and op.kind in ("pin", "rollback", "branch"):
             self._check_kept(op, error)
@@ -510,7 +549,9 @@ class World:
         else:
             allowed = self.in_force(op.index, op.invoked_tick)
         if record not in allowed:
-            raise Violation("stale", f"{op} read generation {record.generation}, which was replaced {self.loop.now - (record.ended_s or 0):.1f} s ago")
+            raise Violation(
+                "stale", f"{op} read generation {record.generation}, which was replaced {self.loop.now - (record.ended_s or 0):.1f} s ago"
+            )
         return record
 
     def brute_force(self, state: State, query: np.ndarray) -> dict[int, float]:
@@ -557,14 +598,6 @@ def _served(group: Any) -> tuple[Op, ...]:
     """The calls of a group that the commit under way is to carry out: not those that could not be applied for want of the store."""
     served = (ticket for ticket in group if not isinstance(ticket.error, Unavailable | CorruptData))
     return tuple(op for ticket in served for op in ticket.operation.simulated)
-
-
-def names_of(record: Record) -> frozenset[str]:
-    return record.objects
-
-
-def names_in(manifest: Manifest, index: str) -> frozenset[str]:
-    return frozenset(objects_of(manifest, index))
 
 
 def _does_nothing(state: State, op: Op, value: Any) -> bool:
