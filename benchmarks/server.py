@@ -593,7 +593,7 @@ def _compared(before: Load, during: Load) -> dict[str, Any]:
 
 
 def measure_compaction(bench: Bench) -> dict[str, Any]:
-    """A backlog is added; latency over the index with its backlog, then while a child compacts it as handler/server.py has it done."""
+    """A backlog is added; latency over the index with its backlog, then while a child compacts it as handler/maintenance.py has it done."""
     found: dict[str, Any] = {}
     adds = [add_request(bench.vectors, n * ADD_DOCUMENTS, ADD_DOCUMENTS) for n in range(16)]
     for n_clients in (2, bench.n_clients):
@@ -605,8 +605,12 @@ def measure_compaction(bench: Bench) -> dict[str, Any]:
             bench.warmed(server)
             port = server.settings.port
             before = closed_loop(port, bench.requests, n_clients, for_seconds(bench.seconds))
-            command = [sys.executable, "-m", "handler.server", "compact", INDEX]
-            child = subprocess.Popen(command, env=child_environment(server.settings), stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "handler.maintenance"]
+            environment = child_environment(server.settings)
+            child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            assert child.stdin is not None
+            child.stdin.write(f"compact {INDEX}\n".encode())
+            child.stdin.close()
             began = time.perf_counter()
             during = closed_loop(port, bench.requests, n_clients, lambda _, child=child: child.poll() is not None)  # type: ignore[misc]
             took_s = time.perf_counter() - began

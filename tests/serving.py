@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -13,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from handler.runtime import Settings
+from s3_server import REGION, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 _CODE = """
@@ -52,12 +52,22 @@ class Served:
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
-                    return
+            if self._is_ready():
+                return
             time.sleep(0.05)
         self.end(signal.SIGKILL)
         raise AssertionError(f"the server did not start:\n{self.log}")
+
+    def _is_ready(self) -> bool:
+        """Asked without httpx, whose set-up for each call would take the cores from the server that starts."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.settings.port, timeout=5)
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
 
     def end(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
         """Send a signal, wait, and return the exit code."""
@@ -71,10 +81,15 @@ class Served:
         return self.process.returncode
 
 
+def s3_environment(server: S3Server) -> dict[str, str]:
+    """What a server process needs to reach the S3 of the tests."""
+    return {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": REGION, "TARTAN_S3_ENDPOINT": server.url}
+
+
 @contextlib.contextmanager
-def all_serving(*settings: dict[str, Any]) -> Iterator[list[Served]]:
+def all_serving(*settings: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[list[Served]]:
     """Several servers, which start side by side."""
-    servers = [Served({}, **own) for own in settings]
+    servers = [Served(environment or {}, **own) for own in settings]
     try:
         for server in servers:
             server.wait_until_ready()

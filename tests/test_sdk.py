@@ -16,8 +16,8 @@ from next_plaid_client.exceptions import IndexExistsError, IndexNotFoundError, N
 from next_plaid_client.models import IndexConfig, SearchParams
 
 from conftest import BUCKET
-from s3_server import REGION, S3Server
-from serving import Served, serving
+from s3_server import S3Server
+from serving import Served, s3_environment, serving
 
 TEXTS = ["the warp holds the weft", "sheep graze on the hill", "looms of oak and iron"]
 DIM = 16
@@ -29,7 +29,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         where, environment = str(tmp_path_factory.mktemp("indices")), {}
     else:
         where = f"s3://{BUCKET}/sdk"
-        environment = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": REGION, "TARTAN_S3_ENDPOINT": s3.url}
+        environment = s3_environment(s3)
     with serving(environment, index_dir=where, model="hashing") as running:
         yield running
 

@@ -18,6 +18,11 @@ def packed(values: Any, dtype: str = "<f4") -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
 
 
+def read(**fields: Any) -> wire.Vectors:
+    """As if it had come over the wire."""
+    return wire.read_body(wire.encode(fields), wire.Vectors)
+
+
 def refused(code: str, item: wire.Vectors) -> str:
     with pytest.raises(Problem) as caught:
         wire.matrix(item, "document 0")
@@ -28,7 +33,7 @@ def refused(code: str, item: wire.Vectors) -> str:
 def test_both_forms_of_a_matrix_give_the_same_values() -> None:
     values = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
     from_lists = wire.matrix(wire.Vectors(embeddings=values.tolist()), "x")
-    from_base64 = wire.matrix(wire.Vectors(embeddings_b64=packed(values), shape=(7, 5)), "x")
+    from_base64 = wire.matrix(read(embeddings_b64=packed(values), shape=(7, 5)), "x")
     assert np.array_equal(from_lists, values)
     assert np.array_equal(from_base64, values)
 
@@ -40,9 +45,9 @@ def test_half_precision_is_an_extension_of_the_base64_form() -> None:
 
 
 def test_base64_with_shape_wins_and_without_shape_falls_back_to_the_lists() -> None:
-    both = wire.Vectors(embeddings=[[9.0]], embeddings_b64=packed([[1.0, 2.0]]), shape=(1, 2))
+    both = read(embeddings=[[9.0]], embeddings_b64=packed([[1.0, 2.0]]), shape=(1, 2))
     assert wire.matrix(both, "x").tolist() == [[1.0, 2.0]]
-    no_shape = wire.Vectors(embeddings=[[9.0]], embeddings_b64=packed([[1.0, 2.0]]))
+    no_shape = read(embeddings=[[9.0]], embeddings_b64=packed([[1.0, 2.0]]))
     assert wire.matrix(no_shape, "x").tolist() == [[9.0]]
 
 
@@ -54,28 +59,41 @@ def test_base64_with_shape_wins_and_without_shape_falls_back_to_the_lists() -> N
         wire.Vectors(embeddings=[[]]),
         wire.Vectors(embeddings=[[1.0, 2.0], [3.0]]),
         wire.Vectors(embeddings=[[1e300]]),
-        wire.Vectors(embeddings_b64="AAAA"),
-        wire.Vectors(embeddings_b64="AAAA", shape=(1, 1)),
-        wire.Vectors(embeddings_b64="!!!!!!!!", shape=(1, 1)),
-        wire.Vectors(embeddings_b64="éééééééé", shape=(1, 1)),
-        wire.Vectors(embeddings_b64=packed([[1.0]]).replace("=", "A"), shape=(1, 1)),
-        wire.Vectors(embeddings_b64="", shape=(0, 4)),
-        wire.Vectors(embeddings_b64="", shape=(4, 0)),
-        wire.Vectors(embeddings_b64=packed([[np.nan]]), shape=(1, 1)),
-        wire.Vectors(embeddings_b64=packed([[np.inf, 1.0]]), shape=(1, 2)),
-        wire.Vectors(embeddings_b64=packed([[np.inf, -np.inf]]), shape=(1, 2)),
-        wire.Vectors(embeddings_b64="AAAA", shape=(2**62, 2)),
-        wire.Vectors(embeddings_b64="AAAA", shape=(70_000, 1)),
-        wire.Vectors(embeddings_b64="AAAA", shape=(1, 10**6)),
+        read(embeddings_b64="AAAA"),
+        read(embeddings_b64="AAAA", shape=(1, 1)),
+        read(embeddings_b64="!!!!!!!!", shape=(1, 1)),
+        read(embeddings_b64="éééééééé", shape=(1, 1)),
+        read(embeddings_b64=packed([[1.0]]).replace("=", "A"), shape=(1, 1)),
+        read(embeddings_b64="", shape=(0, 4)),
+        read(embeddings_b64="", shape=(4, 0)),
+        read(embeddings_b64=packed([[np.nan]]), shape=(1, 1)),
+        read(embeddings_b64=packed([[np.inf, 1.0]]), shape=(1, 2)),
+        read(embeddings_b64=packed([[np.inf, -np.inf]]), shape=(1, 2)),
+        read(embeddings_b64="AAAA", shape=(2**62, 2)),
+        read(embeddings_b64="AAAA", shape=(70_000, 1)),
+        read(embeddings_b64="AAAA", shape=(1, 10**6)),
     ],
 )
 def test_a_matrix_that_is_none_is_a_bad_request(item: wire.Vectors) -> None:
     assert refused("BAD_REQUEST", item).startswith("document 0")
 
 
+def test_text_that_is_no_base64_is_ignored_where_it_is_not_used_and_leaves_its_neighbours_alone() -> None:
+    good, bad = {"embeddings_b64": packed([[1.0]]), "shape": [1, 1]}, {"embeddings_b64": "A AA"}
+    body = {"queries": [good, {**bad, "embeddings": [[9.0]]}, {**bad, "shape": [1, 1]}], "params": {"top_k": 3}, "max_age_s": 1}
+    request = wire.read_body(wire.encode(body), wire.SearchRequest)
+    assert (request.params.top_k, request.max_age_s) == (3, 1.0)
+    assert request.queries is not None
+    assert [wire.matrix(item, "x").tolist() for item in request.queries[:2]] == [[[1.0]], [[9.0]]]
+    assert "base64" in refused("BAD_REQUEST", request.queries[2])
+    with pytest.raises(Problem) as caught:
+        wire.read_body(wire.encode({"queries": [bad], "params": {"top_k": "3"}}), wire.SearchRequest)
+    assert caught.value.code == "UNPROCESSABLE"
+
+
 def test_large_finite_values_whose_sum_overflows_are_not_refused() -> None:
     values = np.full((1, 8), 3e38, np.float32)
-    assert np.array_equal(wire.matrix(wire.Vectors(embeddings_b64=packed(values), shape=(1, 8)), "x"), values)
+    assert np.array_equal(wire.matrix(read(embeddings_b64=packed(values), shape=(1, 8)), "x"), values)
 
 
 def test_queries_have_a_bound_of_their_own() -> None:

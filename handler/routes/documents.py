@@ -105,6 +105,7 @@ async def _add(
 def _note_head(call: Call, index: str) -> None:
     head = call.runtime.reader.known_head(index)
     if head is not None:
+        call.runtime.on_write(index, head.manifest)
         call.saw(Snapshot(call.runtime.reader, index, head.manifest))
 
 
