@@ -3,7 +3,7 @@
     python -m benchmarks.run --vectors FOLDER [--beir FOLDER] [--documents N] [--queries N] [--nbits 4,2] [--k 100]
                              [--peers exhaustive,plaid,lancedb] [--work FOLDER] [--json FILE] [--plot FILE] [--sweep]
 
-What is timed: query vectors in, k document ids out. Engines take turns query by query, round after round, so that whatever else the
+What is timed: query vectors in, k document ids out. Engines take turns of TURN queries, round after round, so that whatever else the
 machine does falls on all of them; a query's time is the least of its rounds, and p50 and p95 are over queries. Beside it stands the CPU
 time of the whole process, which counts threads an engine starts on its own. Recall is against exhaustive float32 MaxSim (engine.evaluate).
 Built indexes, and the truth, are kept under --work and used again; builds run in a process of their own, whose peak memory is recorded.
@@ -35,6 +35,7 @@ from engine.evaluate import ABSENT, exhaustive, ndcg_at_k, percentiles, recall_a
 
 RECALL_RANKS = (10, 100)
 SWEEP_QUERIES = 60
+TURN = 10
 
 
 class Engine(Protocol):
@@ -136,16 +137,18 @@ def interleaved(engines: Sequence[Engine], vectors: Vectors, k: int, rounds: int
     cpu = {engine.name: np.full(len(queries), np.inf) for engine in engines}
     for engine in engines:
         engine.search(vectors.query(queries[0]), k)  # the first call pays for lazy imports and page faults
+    blocks = [range(first, min(first + TURN, len(queries))) for first in range(0, len(queries), TURN)]
     for turn in range(rounds):
-        for i, query in enumerate(queries):
-            shift = (turn + i) % len(engines)
+        for n, block in enumerate(blocks):
+            shift = (turn + n) % len(engines)
             for engine in [*engines[shift:], *engines[:shift]]:
-                started, cpu_started = time.perf_counter(), time.process_time()
-                ids = engine.search(vectors.query(query), k)
-                cpu_spent, spent = time.process_time() - cpu_started, time.perf_counter() - started
-                wall[engine.name][i] = min(wall[engine.name][i], spent)
-                cpu[engine.name][i] = min(cpu[engine.name][i], cpu_spent)
-                found[engine.name][i, : len(ids)] = ids[:k]
+                for i in block:
+                    started, cpu_started = time.perf_counter(), time.process_time()
+                    ids = engine.search(vectors.query(queries[i]), k)
+                    cpu_spent, spent = time.process_time() - cpu_started, time.perf_counter() - started
+                    wall[engine.name][i] = min(wall[engine.name][i], spent)
+                    cpu[engine.name][i] = min(cpu[engine.name][i], cpu_spent)
+                    found[engine.name][i, : len(ids)] = ids[:k]
     return {"found": found, "wall": wall, "cpu": cpu}
 
 

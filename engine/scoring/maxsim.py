@@ -24,8 +24,8 @@ from engine.scoring.unpack import Operand, unpack
 SMALL_PRODUCT = 1_000_000
 """OpenBLAS multiplies without first copying its operands if M·N·K is at most this (interface/gemm.c, small matrix path, AVX-512 machines): 51
 instead of 77 ns a token for 32 query tokens of 128 dimensions, measured. So blocks are multiplied in pieces of that size, in one matmul call."""
-BLOCK_BYTES = 1 << 19
-"""Unpacked floats of one block. Everything that a block needs is then 1 MiB, half of an L2 cache; measured: a quarter, half or double costs 5 % more."""
+BLOCK_BYTES = 1 << 20
+"""Unpacked floats of one block, half of a 2 MiB L2 cache; measured: half or double costs 2 to 5 % more."""
 STEP_ROWS = 20
 """Segmented maxima go position by position if a step has this many rows on average: less does not pay for two calls into numpy."""
 FLAT_BLOCK_TOKENS = 2_048
@@ -47,7 +47,7 @@ class ExactScorer:
         self._scale = np.repeat(decoder.scale_table[:, None].astype(np.float32), width, axis=1)
         self._piece = max(16, SMALL_PRODUCT // self.operand.matrix.size // 16 * 16)
         self._block = self._piece * max(1, BLOCK_BYTES // (4 * max(self.operand.matrix.shape) * self._piece))
-        self._bias = np.repeat(self.operand.bias[None], self._block, axis=0)
+        self._bias = np.repeat(self.operand.bias[None], self._block, axis=0) if self.operand.bias.any() else None
 
     def all_tokens(self, ordinals: np.ndarray) -> np.ndarray:
         """Best similarity per query token over all (known) tokens: float32 (n, Q), rows of -inf for documents without tokens."""
@@ -158,7 +158,8 @@ class ExactScorer:
         out, factor, centroid_part = buffers[0][:n], buffers[1][:n], buffers[2][:n]
         _multiply(unpack(self.records.rows, rows, self.decoder), self.operand.matrix, self._piece, out)
         pairs = self.records.scalars.take(scalars, axis=0, mode="clip")
-        np.add(out, self._bias[:n], out=out)
+        if self._bias is not None:
+            np.add(out, self._bias[:n], out=out)
         self._scale.take(pairs[:, 1], axis=0, out=factor, mode="clip")
         np.multiply(out, factor, out=out)
         self.scores.table.take(codes, axis=0, out=centroid_part, mode="clip")

@@ -23,11 +23,11 @@ from engine.scoring.arrays import Records
 from engine.scoring.centroid_scores import CentroidScores
 from engine.scoring.scratch import scratch
 
-RECTANGLE_TOKENS = 16_384
-"""Tokens looked at together: their lanes take half a MiB of a 2 MiB L2 cache."""
+RECTANGLE_TOKENS = 32_768
+"""Tokens looked at together: their lanes take half of a 2 MiB L2 cache. Half as many cost 5 % more, for the calls; twice as many save nothing."""
 QUAD = 4
 """A document's selected tokens are filled up to a multiple of this, so that most of a segmented maximum can be done on whole planes (maxsim.py)."""
-HASH_MASK = (1 << 15) - 1
+HASH_MASK = (1 << 16) - 1
 """Slots of one_per_code's table, minus one: ten times the tokens of a rectangle that come through a first look."""
 HASH_FACTOR = 2_654_435_761
 """Knuth's multiplier, 2^32 / golden ratio: spreads neighbouring codes and documents over the slots."""
@@ -135,15 +135,13 @@ def _rectangles(records: Records, ordinals: np.ndarray) -> Iterator[tuple[_Recta
 
 
 def _cuts(n_tokens: np.ndarray) -> list[tuple[int, int]]:
-    """Cut documents (int64 (n,) tokens each) into runs whose rectangle has at most RECTANGLE_TOKENS places, one document at least."""
-    blocks, first, widest = [], 0, 0
-    for place, n in enumerate(n_tokens.tolist()):
-        widest = max(widest, n)
-        if place > first and widest * (place + 1 - first) > RECTANGLE_TOKENS:
-            blocks.append((first, place))
-            first, widest = place, n
-    if len(n_tokens):
-        blocks.append((first, len(n_tokens)))
+    """Cut documents (int64 (n,) tokens each, best falling) into runs whose rectangle has at most RECTANGLE_TOKENS places, one document at least."""
+    widest_of_rest = np.maximum.accumulate(n_tokens[::-1])[::-1]
+    blocks, first = [], 0
+    while first < len(n_tokens):
+        last = min(len(n_tokens), first + max(1, RECTANGLE_TOKENS // max(1, int(widest_of_rest[first]))))
+        blocks.append((first, last))
+        first = last
     return blocks
 
 
