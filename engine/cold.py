@@ -1,9 +1,10 @@
 """Searching a quantised segment that is not in memory: two dependent rounds of range reads after CURRENT.
 
     known from CURRENT    coarse centroids, where each cell's centroids and posting lists lie, their checksums
-    round                 centroids and posting lists of the cells that the query's tokens fall into, and the sizes of all records
+    round                 centroids and posting lists of the cells that the query's tokens fall into, and the sizes of all records: two
+                          requests where a segment is small enough to read all cells
     compute               documents reached, ranked by probing (stage 2 of the cascade, with more probes: there is no stage 3 here)
-    round                 records of the best of them
+    round                 records of the best of them, with the requests and bytes that are left
     compute               exact scores of those; a centroid that was not read is taken for the coarse centroid of its cell, which costs little,
                           because a token so far from the query is hardly ever the best answer to one of its tokens
 
@@ -36,10 +37,12 @@ from engine.scoring.centroid_scores import CentroidScores, score_some_centroids
 from engine.scoring.maxsim import exact_ordinals
 from engine.scoring.topk import top_k
 from engine.store.base import Buffer, Range
-from engine.store.ranges import ReadPolicy, plan_reads
+from engine.store.ranges import ReadPlan, ReadPolicy, plan_reads
 
 NEGLIGIBLE_GAP_BYTES = 32 << 10
 """A gap this small is read through even while there are requests left: three documents or so."""
+MAX_CELL_GET_BYTES = 4 << 20
+SAMPLED_SEGMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -84,40 +87,102 @@ class ColdHits:
     records: Records
 
 
-def choose_cells(query: np.ndarray, ref: CodecRef, max_cells: int) -> np.ndarray:
-    """The coarse cells worth reading for a query, at most max_cells: int64, ascending.
+def cells_to_read(query: np.ndarray, ref: CodecRef, segments: Sequence[SegmentRef], cold: ColdParams) -> np.ndarray:
+    """The coarse cells that a query reads of a codec and its segments: int64, ascending.
+
+    All of them if max_cell_bytes a segment pays for that; else as many of the best as it pays for, gaps included, at least one. The
+    centroids are shared by all segments of the codec.
+    """
+    if _cell_bytes(np.arange(ref.n_cells), ref, segments, cold) <= cold.max_cell_bytes * len(segments):
+        return np.arange(ref.n_cells)
+    order = rank_cells(query, ref)
+    low, high = 1, ref.n_cells - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _cell_bytes(np.sort(order[:middle]), ref, segments, cold) <= cold.max_cell_bytes * len(segments):
+            low = middle
+        else:
+            high = middle - 1
+    return np.sort(order[:low])
+
+
+def rank_cells(query: np.ndarray, ref: CodecRef) -> np.ndarray:
+    """All cells, the most promising first, int64 (M,).
 
     A cell counts by its best rank among the cells of any query token, so every token's best comes first, then every token's second.
     """
     table = query @ ref.coarse_array().T
     best_rank = np.argsort(np.argsort(-table, axis=1, kind="stable"), axis=1).min(axis=0)
-    return np.sort(np.lexsort((-table.max(axis=0), best_rank))[:max_cells])
+    return np.lexsort((-table.max(axis=0), best_rank))
 
 
-def affordable_cells(ref: CodecRef, segments: Sequence[SegmentRef], max_cell_bytes: int) -> int:
-    """How many cells of average size `max_cell_bytes` a segment pays for; the centroids are shared by all segments of the codec."""
-    centroids = ref.section(Section.CENTROIDS).length / max(len(segments), 1)
-    postings = sum(segment.section(Section.POSTINGS).length for segment in segments) / max(len(segments), 1)
-    return max(1, int(max_cell_bytes * ref.n_cells / max(centroids + postings, 1)))
+def _cell_bytes(cells: np.ndarray, ref: CodecRef, segments: Sequence[SegmentRef], cold: ColdParams) -> int:
+    """Bytes that reading these cells takes, of the codec and of all segments. More than a few segments are judged by the first of them."""
+    policy = _policy(cold.max_cell_gets)
+    sample = segments[:SAMPLED_SEGMENTS]
+    postings = 0
+    for segment in sample:
+        at = segment.posting_cells_array()
+        postings += plan_reads(list(zip(at[cells].tolist(), at[cells + 1].tolist(), strict=True)), policy).n_bytes
+    return plan_reads(cell_ranges(ref, cells), policy).n_bytes + postings * len(segments) // max(len(sample), 1)
 
 
-async def read_codec_cells(parts: Parts, index: str, ref: CodecRef, cells: np.ndarray, max_gets: int) -> CodecCells:
+async def read_codec_cells(parts: Parts, index: str, ref: CodecRef, cells: np.ndarray, cold: ColdParams) -> CodecCells:
     """Fetch the head and some cells of a codec: one round."""
     name = names.codec(ref.home or index, ref.id)
-    blocks = await read_planned(parts, name, [head_range(ref), *cell_ranges(ref, cells)], _cell_policy(max_gets))
+    plan = plan_codec(ref, cells, cold)
+    blocks = plan.slice(await parts.read_exactly(name, plan.gets))
+    return await parts.compute(_read_codec_cells, ref, cells, blocks, name)
+
+
+def plan_codec(ref: CodecRef, cells: np.ndarray, cold: ColdParams) -> ReadPlan:
+    """What to ask for of a codec: its head, then its cells."""
+    return plan_reads([head_range(ref), *cell_ranges(ref, cells)], _policy(cold.max_cell_gets))
+
+
+def _read_codec_cells(ref: CodecRef, cells: np.ndarray, blocks: Sequence[Buffer], name: str) -> CodecCells:
     head = read_head(ref, blocks[0], name=name)
     codes, centroids = read_cells(ref, cells, blocks[1:], name=name)
     return CodecCells(ref, cells, codes, centroids, head)
 
 
-async def read_posting_cells(parts: Parts, index: str, segment: SegmentRef, ref: CodecRef, cells: np.ndarray, max_gets: int) -> Postings:
-    """Fetch the posting lists of some cells: one round. Lists of other cells are empty."""
+@dataclass(frozen=True)
+class PostingBlocks:
+    """Posting lists of some cells as they were fetched, not decoded: block i is that of cells[i]."""
+
+    reader: QuantisedReader
+    cells: np.ndarray
+    blocks: Sequence[Buffer]
+
+    def decoded(self, codes: np.ndarray, n_centroids: int) -> Postings:
+        """The lists of these codes, int64, as far as their cells were fetched; all other lists are empty.
+
+        Cost: 9 ns a posting, 2 ns one of another list of the same cells, and 20 us a cell.
+        """
+        holders = np.unique(np.searchsorted(self.reader.cell_offsets, codes, side="right") - 1)
+        places = np.searchsorted(self.cells, holders)
+        wanted = np.zeros(n_centroids, bool)
+        wanted[codes] = True
+        stored = self.reader.posting_cells(holders, [self.blocks[place] for place in places.tolist()], wanted)
+        counts = np.zeros(n_centroids, np.int64)
+        counts[stored.codes] = np.diff(stored.offsets)
+        return Postings(np.concatenate([[0], np.cumsum(counts)]), stored.ordinals)
+
+
+async def read_posting_blocks(
+    parts: Parts, index: str, segment: SegmentRef, ref: CodecRef, cells: np.ndarray, cold: ColdParams
+) -> tuple[PostingBlocks, Sizes, ReadPlan]:
+    """Fetch the posting lists of some cells, and where each record lies unless that is known: one round."""
     reader = parts.quantised_reader(index, segment, ref)
-    blocks = await read_planned(parts, reader.name, reader.posting_ranges(cells), _cell_policy(max_gets))
-    stored = reader.posting_cells(cells, blocks)
-    counts = np.zeros(ref.n_centroids, np.int64)
-    counts[stored.codes] = np.diff(stored.offsets)
-    return Postings(np.concatenate([[0], np.cumsum(counts)]), stored.ordinals)
+    sizes = parts.known_sizes(segment)
+    section = segment.section(Section.SIZES)
+    place = [(section.offset, section.end)] if sizes is None else []
+    plan = plan_reads([*place, *reader.posting_ranges(cells)], _policy(cold.max_cell_gets))
+    found = plan.slice(await parts.read_exactly(reader.name, plan.gets))
+    if sizes is None:
+        sizes = await parts.compute(reader.sizes, found[0])
+        await parts.keep_sizes(segment, sizes)
+    return PostingBlocks(reader, cells, found[len(place) :]), sizes, plan
 
 
 @dataclass(frozen=True)
@@ -148,14 +213,13 @@ async def search_segment(
     query  float32 (Q, D), not rotated
     mask   bool (N,) or None: None allows all
     """
-    postings, sizes, known = await asyncio.gather(
-        read_posting_cells(parts, index, segment, ref, cells, cold.max_cell_gets), parts.sizes(index, segment, ref), codec
-    )
+    (postings, sizes, plan), known = await asyncio.gather(read_posting_blocks(parts, index, segment, ref, cells, cold), codec)
+    left = _left_for_records(plan, plan_codec(ref, cells, cold), cold)
     began = time.perf_counter()
-    scores, windows = await parts.compute(_plan, known, postings, sizes, query, segment.n_documents, params, cold, mask, stats)
+    scores, windows = await parts.compute(_plan, known, postings, sizes, query, params, cold, left, mask, stats)
     stats.add_time("rank", began)
     ordinals = np.concatenate([np.empty(0, np.int64), *(np.arange(window.first, window.last) for window in windows)])
-    reader = parts.quantised_reader(index, segment, ref)
+    reader = postings.reader
     pieces = await parts.read_exactly(reader.name, [window_range(reader, sizes, window) for window in windows])
     began = time.perf_counter()
     records = await parts.compute(reader.some_records, ordinals, pieces, sizes)
@@ -170,33 +234,47 @@ def window_range(reader: QuantisedReader, sizes: Sizes, window: Window) -> Range
     return start + int(sizes.starts[window.first]), start + int(sizes.starts[window.last])
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """What a segment's records may still cost."""
+
+    max_gets: int
+    max_bytes: int
+
+
+def _left_for_records(postings: ReadPlan, codec: ReadPlan, cold: ColdParams) -> Allowance:
+    n_gets = cold.max_gets - len(postings.gets) - len(codec.gets)
+    return Allowance(max(n_gets, 1), max(cold.max_bytes - postings.n_bytes - codec.n_bytes, cold.max_bytes // 4))
+
+
 def _plan(
     known: CodecCells,
-    postings: Postings,
+    blocks: PostingBlocks,
     sizes: Sizes,
     query: np.ndarray,
-    n_documents: int,
     params: SearchParams,
     cold: ColdParams,
+    left: Allowance,
     mask: np.ndarray | None,
     stats: StageStats,
 ) -> tuple[CentroidScores, list[Window]]:
-    """Rank the documents that the cells reach, and choose which records to read."""
+    """Rank the documents that the cells reach, and choose which records to read. Only cells with a probed centroid are decoded."""
     scores = known.scores(query)
     probes = probe(scores, max(cold.n_probe, params.n_probe), params.centroid_score_threshold)
-    sums = rank_documents(probes, postings, n_documents)
+    sums = rank_documents(probes, blocks.decoded(probes.unique_codes(), known.ref.n_centroids), len(sizes))
     candidates = choose_candidates(sums, max(min(cold.n_rerank, params.n_rerank), params.k), mask)
     stats.n_candidates += len(candidates)
     ranked = candidates[np.argsort(-sums[candidates].astype(np.int64), kind="stable")]
-    return known.completed(scores, query), choose_windows(ranked, sizes.starts, cold)
+    return known.completed(scores, query), choose_windows(ranked, sizes.starts, left)
 
 
-def choose_windows(ranked: np.ndarray, starts: np.ndarray, cold: ColdParams) -> list[Window]:
+def choose_windows(ranked: np.ndarray, starts: np.ndarray, left: Allowance) -> list[Window]:
     """Which runs of records to read for documents ranked best first: int64 ordinals; starts int64 (N + 1,) in bytes.
 
     Documents are taken in order of rank. Each becomes a window of its own while there are requests left; after that a request is freed by
-    joining the two windows with the least between them (the new one included), as long as max_window_bytes pays for it; a document
+    joining the two windows with the least between them (the new one included), as long as max_bytes pays for it; a document
     that cannot be paid for is passed over. Returns windows by ascending ordinal, at least one if there is a document.
+    An optimal choice (dynamic programming over the chance of each rank to be a hit) finds no more hits: measured on arXiv, 0.913 for 0.912.
     """
     windows: list[Window] = []
     n_bytes = 0
@@ -208,10 +286,10 @@ def choose_windows(ranked: np.ndarray, starts: np.ndarray, cold: ColdParams) -> 
         price = int(starts[ordinal + 1] - starts[ordinal])
         gaps = [int(starts[after.first] - starts[before.last]) for before, after in pairwise(tried)]
         closest = min(range(len(gaps)), key=gaps.__getitem__, default=-1)
-        if closest >= 0 and (len(tried) > cold.max_windows or gaps[closest] <= NEGLIGIBLE_GAP_BYTES):
+        if closest >= 0 and (len(tried) > left.max_gets or gaps[closest] <= NEGLIGIBLE_GAP_BYTES):
             tried[closest : closest + 2] = [Window(tried[closest].first, tried[closest + 1].last)]
             price += gaps[closest]
-        if windows and n_bytes + price > cold.max_window_bytes:
+        if windows and n_bytes + price > left.max_bytes:
             continue
         windows, n_bytes = tried, n_bytes + price
     return windows
@@ -238,12 +316,7 @@ def _score(
     return ColdHits(ids[rows[best]], exact[best], ordinals[rows[best]], rows[best], records)
 
 
-def _cell_policy(max_gets: int) -> ReadPolicy:
-    """Cells lie along a path on which neighbours are alike, so gaps are small and reading through them is cheap."""
-    return ReadPolicy(max_gets=max_gets, max_get_bytes=2 << 20)
-
-
-async def read_planned(parts: Parts, name: str, ranges: Sequence[Range], policy: ReadPolicy) -> list[Buffer]:
-    """The bytes of each range, neighbours joined by `policy`."""
-    plan = plan_reads(ranges, policy)
-    return plan.slice(await parts.read_exactly(name, plan.gets))
+def _policy(max_gets: int) -> ReadPolicy:
+    """Cells lie along a path on which neighbours are alike, so gaps are small and reading through them is cheap. A GET of all cells of a
+    segment of 20,000 documents is 3 MB; in two it would come 19 ms sooner and cost what 15 ms of a 2 GB function cost."""
+    return ReadPolicy(request_cost_bytes=1 << 20, max_get_bytes=MAX_CELL_GET_BYTES, max_gets=max_gets)

@@ -76,23 +76,42 @@ class SearchParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequest("centroid_score_threshold is a finite number", centroid_score_threshold=self.centroid_score_threshold)
 
 
-class ColdParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How a search reads a segment that is not in memory, straight from the object store (engine/cold.py).
+EVERY_DOCUMENT = 1 << 40
+"""As n_candidates or n_rerank: more documents than an index has."""
 
+Preset = Literal["fast", "balanced", "exact"]
+PRESETS: dict[Preset, dict[str, int]] = {
+    "fast": {"n_probe": 8, "n_candidates": 1024, "n_rerank": 256},
+    "balanced": {"n_probe": 8, "n_candidates": 4096, "n_rerank": 1024},
+    "exact": {"n_probe": 8, "n_candidates": EVERY_DOCUMENT, "n_rerank": EVERY_DOCUMENT},
+}
+"""Named sets of SearchParams; docs/tuning.md has what each finds and costs.
+
+balanced  the defaults
+exact     every document is a candidate and may be scored exactly, until it is all but certain that no other could be a hit: what is lost then
+          is what the codec has lost
+They say how an index in memory is searched; from a store that is far away ColdParams does, so `exact` brings the index into memory first.
+"""
+
+
+class ColdParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a search reads a segment that is not in memory, straight from the object store (engine/cold.py; benchmarks/README.md has what
+    other settings cost and find). CURRENT is not counted.
+
+    max_gets         range requests for one segment, those for its codec included; what cells leave over goes to records
+    max_bytes        bytes of them, and likewise; records get a quarter of it at least
+    max_cell_gets    requests for posting lists, and as many for centroids; gaps are read through to keep to it
     max_cell_bytes   centroids and posting lists read, those of the best coarse cells first; small segments are read whole
-    max_cell_gets    range requests for posting lists, and as many for centroids; gaps are read through to keep to it
     n_probe          centroids probed per query token, of those that were read
     n_rerank         documents whose records are wanted; neighbours that come along in the same request are scored too
-    max_windows      range requests for records of one segment
-    max_window_bytes bytes of records read of one segment, more only if the hits wanted need it
     """
 
-    max_cell_bytes: int = 6 << 20
-    max_cell_gets: int = 4
+    max_gets: int = 15
+    max_bytes: int = 7_900_000
+    max_cell_gets: int = 2
+    max_cell_bytes: int = 5_500_000
     n_probe: int = 128
-    n_rerank: int = 96
-    max_windows: int = 16
-    max_window_bytes: int = 4 << 20
+    n_rerank: int = 128
 
 
 class CommitParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ CODES: dict[str, str] = {
     "store-denied": "the object store refused our credentials or permissions",
     "store-unsuitable": "the object store ignores conditional writes",
     "timeout": "a deadline passed",
+    "shard-failed": "a process that searched a part of the index failed or did not answer",
     "unsupported-format": "sound bytes of a format version this release cannot read",
     "checksum-mismatch": "bytes differ from what was written",
     "malformed": "bytes have the right checksum or name but an impossible content",

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from engine.cold import CodecCells, ColdHits, affordable_cells, choose_cells, read_codec_cells, search_segment
+from engine.cold import CodecCells, ColdHits, cells_to_read, read_codec_cells, search_segment
 from engine.config import MAX_QUERY_TOKENS, ColdParams, SearchParams
 from engine.errors import InvalidRequest
 from engine.explain import Match, best_matches
@@ -33,8 +33,11 @@ from engine.scoring.cascade import SegmentArrays, Shortlist, StageStats, finish,
 from engine.scoring.centroid_scores import CentroidScores, score_centroids
 from engine.scoring.maxsim import maxsim
 from engine.scoring.topk import top_k
+from engine.store.wrappers import Cost
 
+T = TypeVar("T")
 Mode = Literal["auto", "warm", "cold"]
+SMALL_DOCUMENTS = 2_048
 MAX_COLD_QUERIES = 4
 """A batch of more queries than this loads segments whole: their cells would add up to most of the segment."""
 
@@ -62,6 +65,8 @@ class Answer:
     rows     metadata of each hit, every column and `_subset_`; empty if not asked for
     keys     external id of each hit, or None; empty if rows were not asked for
     matches  per hit and query token the document token that answered it, if asked for
+    failed   parts of the index that were not searched, where the caller allowed that (engine/fanout.py): shard, error, cause
+    intervals  when the stages ran in this process (StageStats), for traces
     """
 
     ids: np.ndarray
@@ -70,6 +75,43 @@ class Answer:
     keys: list[str | None]
     stats: SearchStats
     matches: list[list[Match]] | None = None
+    failed: tuple[dict[str, Any], ...] = ()
+    intervals: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a part of a search tells the others before the exact stage.
+
+    approximate  float32 (n,), falling: centroid MaxSim of the best documents of its quantised segments, one more than can be reranked
+    exact        float32 (m,): the best scores of its flat segments, at most k
+    """
+
+    approximate: np.ndarray
+    exact: np.ndarray
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What all parts of a search decide together (`decide`), so that the work does not grow with their number.
+
+    approximate  documents of quantised segments below it are not reranked
+    exact        a score that k documents of flat segments reach
+    """
+
+    approximate: float = -np.inf
+    exact: float = -np.inf
+
+
+@dataclass(frozen=True)
+class PartHits:
+    """Hits of a part of a search, best first: ids int64, scores float32, positions int64 (of the segment in the manifest), ordinals
+    int64, (n,) each."""
+
+    ids: np.ndarray
+    scores: np.ndarray
+    positions: np.ndarray
+    ordinals: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -85,6 +127,11 @@ class _Segment:
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
+    @property
+    def is_cold(self) -> bool:
+        """Quantised and not in memory."""
+        return self.codec is not None and self.arrays is None
+
 
 @dataclass(frozen=True)
 class _Hits:
@@ -95,6 +142,24 @@ class _Hits:
     scores: np.ndarray
     ordinals: np.ndarray
     cold: ColdHits | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A quantised segment in memory before the exact stage."""
+
+    segment: _Segment
+    table: CentroidScores
+    listed: Shortlist
+    stats: StageStats
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Segments in memory before the exact stage: hits of the flat ones, and a job for each quantised one."""
+
+    flat: list[_Hits]
+    jobs: list[_Job]
 
 
 class Searcher:
@@ -123,7 +188,7 @@ class Searcher:
         queries  float (Q, D) each, used as given (not normalised)
         subset   document ids that may be hits: None allows all, an empty one none; unknown ids are ignored
         mode     "warm" loads what is missing into memory first, "cold" never does; "auto" reads cold what is not in memory, unless
-                 the store has it as a local file or the batch is large
+                 the store has it as a local file, the segment is small, or the batch is large
 
         Raises InvalidRequest (`dimension-mismatch` among others), and whatever the store raises. Cost: at most three dependent rounds.
         """
@@ -131,23 +196,82 @@ class Searcher:
         arrays = [_checked_query(query, snapshot.dim) for query in queries]
         began = time.perf_counter()
         with self.reader.counted() as cost:
-            segments = await self._open(snapshot, subset, mode, len(arrays)) if params.k else []
-            answers = await asyncio.gather(
-                *(self._search_one(snapshot, segments, query, params, with_rows, explain, began) for query in arrays)
-            )
+            segments = await self._open(snapshot, snapshot.segments, subset, mode, len(arrays)) if params.k else []
+            answers = await _together([self._search_one(snapshot, segments, query, params, with_rows, explain, began) for query in arrays])
         for answer in answers:
             answer.stats.n_requests, answer.stats.n_bytes, answer.stats.n_rounds = cost.n_requests, cost.bytes_read, cost.rounds
-        return list(answers)
+        return answers
 
     async def warm(self, snapshot: Snapshot) -> None:
         """Bring everything that a search of this snapshot needs into memory, as far as the budget goes."""
-        await self._open(snapshot, None, "warm", 0)
+        await self._open(snapshot, snapshot.segments, None, "warm", 0)
+
+    # Parts of a search: some segments here, others elsewhere (engine/fanout.py)
+
+    async def rank_part(
+        self,
+        snapshot: Snapshot,
+        positions: Sequence[int],
+        query: np.ndarray,
+        params: SearchParams,
+        *,
+        subset: np.ndarray | None,
+        mode: Mode,
+    ) -> tuple[Ranking, SearchStats]:
+        """What the segments at these positions of the manifest bring to the decision of `decide`. Arguments as for `search`."""
+        query, began, stats = _checked_query(query, snapshot.dim), time.perf_counter(), StageStats()
+        with self.reader.counted() as cost:
+            segments = await self._open(snapshot, [snapshot.segments[n] for n in positions], subset, mode, 1)
+            near = await self._rank_near([segment for segment in segments if not segment.is_cold], query, params, stats)
+        return _ranking(near, params), _reported(stats, 0, began, cost)
+
+    async def score_part(
+        self,
+        snapshot: Snapshot,
+        positions: Sequence[int],
+        query: np.ndarray,
+        params: SearchParams,
+        bars: Bars,
+        *,
+        subset: np.ndarray | None,
+        mode: Mode,
+    ) -> tuple[PartHits, SearchStats]:
+        """The best k hits of the segments at these positions, given what all parts decided. Arguments as for `search`."""
+        query, began, stats = _checked_query(query, snapshot.dim), time.perf_counter(), StageStats()
+        with self.reader.counted() as cost:
+            segments = await self._open(snapshot, [snapshot.segments[n] for n in positions], subset, mode, 1)
+            groups = await self._score(snapshot, segments, query, params, stats, bars)
+        hits = _merge(groups, params.k)
+        places = {ref.id: position for position, ref in enumerate(snapshot.segments)}
+        found = PartHits(
+            np.array([group.ids[n] for group, n in hits], np.int64),
+            np.array([group.scores[n] for group, n in hits], np.float32),
+            np.array([places[group.segment.ref.id] for group, _ in hits], np.int64),
+            np.array([group.ordinals[n] for group, n in hits], np.int64),
+        )
+        return found, _reported(stats, sum(segment.is_cold for segment in segments), began, cost)
+
+    async def complete(
+        self, snapshot: Snapshot, found: PartHits, query: np.ndarray, *, with_rows: bool = True, explain: bool = False
+    ) -> Answer:
+        """Hits that parts have found, as an answer: rows, keys and matches are read here."""
+        groups: dict[int, _Hits] = {}
+        hits = []
+        for place, position in enumerate(found.positions.tolist()):
+            if position not in groups:
+                ref = snapshot.segments[position]
+                segment = _Segment(ref, snapshot.manifest.codec_of(ref) if ref.codec else None, None)
+                groups[position] = _Hits(segment, found.ids, found.scores, found.ordinals)
+            hits.append((groups[position], place))
+        return await self._answer(snapshot, hits, _checked_query(query, snapshot.dim), with_rows, explain)
 
     # Opening segments
 
-    async def _open(self, snapshot: Snapshot, subset: np.ndarray | None, mode: Mode, n_queries: int) -> list[_Segment]:
+    async def _open(
+        self, snapshot: Snapshot, refs: Sequence[SegmentRef], subset: np.ndarray | None, mode: Mode, n_queries: int
+    ) -> list[_Segment]:
         wanted = None if subset is None else np.unique(np.asarray(subset, np.int64))
-        opened = await asyncio.gather(*(self._open_segment(snapshot, ref, wanted, mode, n_queries) for ref in snapshot.segments))
+        opened = await _together([self._open_segment(snapshot, ref, wanted, mode, n_queries) for ref in refs])
         return [segment for segment in opened if segment.mask is None or segment.mask.any()]
 
     async def _open_segment(self, snapshot: Snapshot, ref: SegmentRef, wanted: np.ndarray | None, mode: Mode, n_queries: int) -> _Segment:
@@ -158,10 +282,10 @@ class Searcher:
             flat = await self.parts.flat(snapshot.index, ref)
             return _Segment(ref, None, mask, ids=flat.ids, tokens=flat.tokens, offsets=flat.offsets)
         codec = snapshot.manifest.codec_of(ref)
-        if not await self._should_load(snapshot.index, ref, mode, n_queries):
+        if not await self._should_load(snapshot.index, ref, codec, mode, n_queries):
             return _Segment(ref, codec, mask)
-        (hot, arrays), whole_codec = await asyncio.gather(self._arrays(snapshot.index, ref, codec), self.parts.codec(snapshot.index, codec))
-        return _Segment(ref, codec, mask, arrays=arrays, rotation=whole_codec.rotation, ids=hot.ids)
+        hot, arrays, rotation = await self._arrays(snapshot.index, ref, codec)
+        return _Segment(ref, codec, mask, arrays=arrays, rotation=rotation, ids=hot.ids)
 
     async def _mask(self, index: str, ref: SegmentRef, wanted: np.ndarray | None) -> np.ndarray | None:
         if wanted is None:
@@ -170,19 +294,24 @@ class Searcher:
         mask[await self.parts.live_ordinals_of(index, ref, wanted)] = True
         return mask
 
-    async def _should_load(self, index: str, ref: SegmentRef, mode: Mode, n_queries: int) -> bool:
+    async def _should_load(self, index: str, ref: SegmentRef, codec: CodecRef, mode: Mode, n_queries: int) -> bool:
         if mode != "auto":
             return mode == "warm"
         if n_queries > MAX_COLD_QUERIES or (self.parts.known_hot(ref) and self.parts.known_records(ref)):
             return True
+        if ref.size_bytes + codec.size_bytes <= self.cold_params.max_bytes:
+            return True  # a cold search would read as much, in more requests, and keep nothing
         return await self.parts.local_path(index, ref) is not None
 
-    async def _arrays(self, index: str, ref: SegmentRef, codec_ref: CodecRef) -> tuple[Hot, SegmentArrays]:
-        """A segment as the cascade wants it; each piece is kept in memory by itself, so the budget sees all of them."""
-        codec, hot, records = await asyncio.gather(
-            self.parts.codec(index, codec_ref), self.parts.hot(index, ref, codec_ref), self.parts.records(index, ref, codec_ref)
-        )
-        return hot, SegmentArrays(codec.centroids, hot.postings, hot.forward, scoring_records(records), decoder_of(codec))
+    async def _arrays(self, index: str, ref: SegmentRef, codec_ref: CodecRef) -> tuple[Hot, SegmentArrays, np.ndarray]:
+        """A segment as the cascade wants it, and its codec's rotation; each piece is kept in memory by itself, so the budget sees all of them."""
+        parts = self.parts
+        if not (parts.known_hot(ref) and parts.known_records(ref)):
+            await asyncio.gather(parts.codec(index, codec_ref), parts.hot(index, ref, codec_ref), parts.records(index, ref, codec_ref))
+        codec = await parts.codec(index, codec_ref)
+        hot, records = await parts.hot(index, ref, codec_ref), await parts.records(index, ref, codec_ref)
+        arrays = SegmentArrays(codec.centroids, hot.postings, hot.forward, scoring_records(records), decoder_of(codec))
+        return hot, arrays, codec.rotation
 
     # One query
 
@@ -197,48 +326,56 @@ class Searcher:
         began: float,
     ) -> Answer:
         stats = StageStats()
-        cold = [segment for segment in segments if segment.codec is not None and segment.arrays is None]
-        near = [segment for segment in segments if segment not in cold]
-        found = await asyncio.gather(
-            self._search_near(near, query, params, stats), *self._search_cold(snapshot.index, cold, query, params, stats)
-        )
-        hits = _merge([hit for group in found for hit in (group if isinstance(group, list) else [group])], params.k)
+        hits = _merge(await self._score(snapshot, segments, query, params, stats, None), params.k)
         answer = await self._answer(snapshot, hits, query, with_rows, explain)
-        _report(answer.stats, stats, len(cold), began)
+        _report(answer.stats, stats, sum(segment.is_cold for segment in segments), began)
+        answer.intervals.extend(stats.intervals)
         return answer
 
-    async def _search_near(self, segments: Sequence[_Segment], query: np.ndarray, params: SearchParams, stats: StageStats) -> list[_Hits]:
-        """Segments in memory. One hop to a thread if there is one segment, else a hop per segment and stage."""
-        flat = [segment for segment in segments if segment.tokens is not None]
-        quantised = [segment for segment in segments if segment.arrays is not None]
-        if len(segments) == 1 and quantised:
-            return [await self.parts.compute(_cascade, quantised[0], query, params, stats)]
-        hits = list(await asyncio.gather(*(self.parts.compute(_brute_force, segment, query, params.k, stats) for segment in flat)))
-        floor = _kth_score(hits, params.k)
-        tables = await self._centroid_tables(quantised, query, stats)
-        jobs = [(segment, tables[segment.ref.codec], StageStats()) for segment in quantised]
-        lists = await asyncio.gather(
-            *(self.parts.compute(shortlist, seg.arrays, table, params, seg.mask, own) for seg, table, own in jobs)  # type: ignore[arg-type]
+    async def _score(
+        self,
+        snapshot: Snapshot,
+        segments: Sequence[_Segment],
+        query: np.ndarray,
+        params: SearchParams,
+        stats: StageStats,
+        bars: Bars | None,
+    ) -> list[_Hits]:
+        """Hits of each segment. bars: what this and other parts of a search decided; None if these are all segments."""
+        cold = [segment for segment in segments if segment.is_cold]
+        near = [segment for segment in segments if not segment.is_cold]
+        found = await _together(
+            [self._search_near(near, query, params, stats, bars), *self._search_cold(snapshot, cold, query, params, stats)]
         )
-        lists = _cut_together(lists, max(params.n_rerank, params.k))
-        hits += await asyncio.gather(
-            *(
-                self.parts.compute(_finish, seg, table, listed, params, own, floor)
-                for (seg, table, own), listed in zip(jobs, lists, strict=True)
-            )
-        )
-        for _, _, own in jobs:
-            stats.merge(own)
-        return hits
+        return [hit for group in found for hit in (group if isinstance(group, list) else [group])]
 
-    async def _centroid_tables(self, segments: Sequence[_Segment], query: np.ndarray, stats: StageStats) -> dict[str, CentroidScores]:
-        """Query x centroids, once per codec."""
-        by_codec = {segment.ref.codec: segment for segment in segments}
-        tables = await asyncio.gather(*(self.parts.compute(_score_centroids, segment, query, stats) for segment in by_codec.values()))
-        return dict(zip(by_codec, tables, strict=True))
+    async def _search_near(
+        self, segments: Sequence[_Segment], query: np.ndarray, params: SearchParams, stats: StageStats, bars: Bars | None
+    ) -> list[_Hits]:
+        """Segments in memory. One hop to a thread if at most one of them is large, else a hop per large one and stage."""
+        if bars is None and sum(not _is_small(segment.ref) for segment in segments) <= 1:
+            return await self.parts.compute(_near_on_one_thread, segments, query, params, stats)
+        near = await self._rank_near(segments, query, params, stats)
+        bars = bars or decide([_ranking(near, params)], params)
+        large = [[job] for job in near.jobs if not _is_small(job.segment.ref)]
+        small = [job for job in near.jobs if _is_small(job.segment.ref)]
+        found = await _together([self.parts.compute(_finish, jobs, params, bars) for jobs in [*large, small]])
+        for job in near.jobs:
+            stats.merge(job.stats)
+        return [*near.flat, *(hits for group in found for hits in group)]
+
+    async def _rank_near(self, segments: Sequence[_Segment], query: np.ndarray, params: SearchParams, stats: StageStats) -> _Near:
+        """All stages of segments in memory but the last of the quantised ones."""
+        by_codec = {segment.ref.codec: segment for segment in segments if segment.arrays is not None}
+        made = await _together([self.parts.compute(_score_centroids, segment, query, stats) for segment in by_codec.values()])
+        tables = dict(zip(by_codec, made, strict=True))
+        large = [[segment] for segment in segments if not _is_small(segment.ref)]
+        small = [segment for segment in segments if _is_small(segment.ref)]
+        ranked = await _together([self.parts.compute(_rank, batch, tables, query, params, stats) for batch in [*large, small]])
+        return _Near([hits for near in ranked for hits in near.flat], [job for near in ranked for job in near.jobs])
 
     def _search_cold(
-        self, index: str, segments: Sequence[_Segment], query: np.ndarray, params: SearchParams, stats: StageStats
+        self, snapshot: Snapshot, segments: Sequence[_Segment], query: np.ndarray, params: SearchParams, stats: StageStats
     ) -> list[Any]:
         """One job per segment; segments of one codec share the reading of its cells."""
         reading: dict[str, tuple[np.ndarray, asyncio.Task[CodecCells]]] = {}
@@ -246,19 +383,20 @@ class Searcher:
         for segment in segments:
             assert segment.codec is not None
             if segment.codec.id not in reading:
-                reading[segment.codec.id] = self._read_cells(index, segments, segment.codec, query)
+                reading[segment.codec.id] = self._read_cells(snapshot, segment.codec, query)
             cells, task = reading[segment.codec.id]
-            jobs.append(self._search_cold_segment(index, segment, query, params, cells, task, stats))
+            jobs.append(self._search_cold_segment(snapshot.index, segment, query, params, cells, task, stats))
         return jobs
 
-    def _read_cells(
-        self, index: str, segments: Sequence[_Segment], codec: CodecRef, query: np.ndarray
-    ) -> tuple[np.ndarray, asyncio.Task[CodecCells]]:
-        """Choose the cells that a query reads of one codec and its segments, and begin to read the codec's part."""
-        own = [segment.ref for segment in segments if segment.ref.codec == codec.id]
+    def _read_cells(self, snapshot: Snapshot, codec: CodecRef, query: np.ndarray) -> tuple[np.ndarray, asyncio.Task[CodecCells]]:
+        """Choose the cells that a query reads of one codec and its segments, and begin to read the codec's part.
+
+        All segments of the codec count, whether they are searched here and now or not: so the choice does not depend on who searches them.
+        """
+        own = [ref for ref in snapshot.segments if ref.codec == codec.id]
         cold = self.cold_params
-        cells = choose_cells(query, codec, affordable_cells(codec, own, cold.max_cell_bytes))
-        return cells, asyncio.create_task(read_codec_cells(self.parts, index, codec, cells, cold.max_cell_gets))
+        cells = cells_to_read(query, codec, own, cold)
+        return cells, asyncio.create_task(read_codec_cells(self.parts, snapshot.index, codec, cells, cold))
 
     async def _search_cold_segment(
         self,
@@ -332,16 +470,38 @@ def _score_centroids(segment: _Segment, query: np.ndarray, stats: StageStats) ->
     return table
 
 
-def _cascade(segment: _Segment, query: np.ndarray, params: SearchParams, stats: StageStats) -> _Hits:
-    assert segment.arrays is not None
-    table = _score_centroids(segment, query, stats)
-    return _finish(segment, table, shortlist(segment.arrays, table, params, segment.mask, stats), params, stats, -np.inf)
+def _near_on_one_thread(segments: Sequence[_Segment], query: np.ndarray, params: SearchParams, stats: StageStats) -> list[_Hits]:
+    by_codec = {segment.ref.codec: segment for segment in segments if segment.arrays is not None}
+    tables = {codec: _score_centroids(segment, query, stats) for codec, segment in by_codec.items()}
+    near = _rank(segments, tables, query, params, stats)
+    bars = decide([_ranking(near, params)], params)
+    found = _finish(near.jobs, params, bars)
+    for job in near.jobs:
+        stats.merge(job.stats)
+    return [*near.flat, *found]
 
 
-def _finish(segment: _Segment, table: CentroidScores, listed: Shortlist, params: SearchParams, stats: StageStats, floor: float) -> _Hits:
-    assert segment.arrays is not None and segment.ids is not None
-    ordinals, scores = finish(segment.arrays, table, listed, params, stats, floor)
-    return _Hits(segment, segment.ids[ordinals], scores, ordinals)
+def _rank(
+    segments: Sequence[_Segment], tables: dict[str, CentroidScores], query: np.ndarray, params: SearchParams, stats: StageStats
+) -> _Near:
+    flat = [_brute_force(segment, query, params.k, stats) for segment in segments if segment.tokens is not None]
+    jobs = []
+    for segment in segments:
+        if segment.arrays is not None:
+            own, table = StageStats(), tables[segment.ref.codec]
+            jobs.append(_Job(segment, table, shortlist(segment.arrays, table, params, segment.mask, own), own))
+    return _Near(flat, jobs)
+
+
+def _finish(jobs: Sequence[_Job], params: SearchParams, bars: Bars) -> list[_Hits]:
+    """The exact stage of one segment after the other. Each by itself, so that it makes no difference which of them are here (engine/fanout.py)."""
+    found = []
+    for job in jobs:
+        assert job.segment.arrays is not None and job.segment.ids is not None
+        listed = _cut(job.listed, bars.approximate)
+        ordinals, scores = finish(job.segment.arrays, job.table, listed, params, job.stats, bars.exact)
+        found.append(_Hits(job.segment, job.segment.ids[ordinals], scores, ordinals))
+    return found
 
 
 def _brute_force(segment: _Segment, query: np.ndarray, k: int, stats: StageStats) -> _Hits:
@@ -361,6 +521,16 @@ def _brute_force(segment: _Segment, query: np.ndarray, k: int, stats: StageStats
 # Small steps
 
 
+def _is_small(ref: SegmentRef) -> bool:
+    """Flat, or quantised of few documents: such segments share a thread, since a hop to one would cost more than their arithmetic."""
+    return ref.kind == "flat" or ref.n_documents <= SMALL_DOCUMENTS
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """As asyncio.gather, but work that is alone is simply awaited: most indices have one segment, and tasks were half of a search's overhead."""
+    return [await work[0]] if len(work) == 1 else list(await asyncio.gather(*work))
+
+
 def _checked_query(query: np.ndarray, dim: int | None) -> np.ndarray:
     """float32 (Q, D), finite, or InvalidRequest."""
     array = np.asarray(query, np.float32)
@@ -375,19 +545,29 @@ def _checked_query(query: np.ndarray, dim: int | None) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _cut_together(lists: Sequence[Shortlist], n: int) -> list[Shortlist]:
-    """Keep the n best documents of all shortlists, by approximate score."""
-    joined = np.concatenate([np.empty(0, np.float32), *(listed.approximate for listed in lists)])
-    if len(joined) <= n:
-        return list(lists)
-    bar = np.partition(joined, len(joined) - n)[len(joined) - n]
-    return [listed.cut(int(np.searchsorted(-listed.approximate, -bar, side="right"))) for listed in lists]
+def decide(rankings: Sequence[Ranking], params: SearchParams) -> Bars:
+    """The bars of a search whose parts ranked their segments so: the n_rerank (or k) best documents of all shortlists are scored exactly."""
+    n = max(params.n_rerank, params.k)
+    approximate = np.concatenate([np.empty(0, np.float32), *(ranking.approximate for ranking in rankings)])
+    exact = np.concatenate([np.empty(0, np.float32), *(ranking.exact for ranking in rankings)])
+    return Bars(_nth_best(approximate, n) if len(approximate) > n else -np.inf, _nth_best(exact, params.k))
 
 
-def _kth_score(hits: Sequence[_Hits], k: int) -> float:
-    """The k-th best exact score found so far, or minus infinity."""
-    scores = np.concatenate([np.empty(0, np.float32), *(hit.scores for hit in hits)])
-    return float(np.partition(scores, len(scores) - k)[len(scores) - k]) if 0 < k <= len(scores) else -np.inf
+def _nth_best(scores: np.ndarray, n: int) -> float:
+    """The n-th best score, or minus infinity."""
+    return float(np.partition(scores, len(scores) - n)[len(scores) - n]) if 0 < n <= len(scores) else -np.inf
+
+
+def _ranking(near: _Near, params: SearchParams) -> Ranking:
+    """One more than can be reranked: whether there are more is part of the decision."""
+    approximate = np.concatenate([np.empty(0, np.float32), *(job.listed.approximate for job in near.jobs)])
+    exact = np.concatenate([np.empty(0, np.float32), *(hit.scores for hit in near.flat)])
+    return Ranking(-np.sort(-approximate)[: max(params.n_rerank, params.k) + 1], -np.sort(-exact)[: params.k])
+
+
+def _cut(listed: Shortlist, bar: float) -> Shortlist:
+    """The documents of a shortlist that reach the bar."""
+    return listed.cut(int(np.searchsorted(-listed.approximate, -bar, side="right")))
 
 
 def _merge(groups: Sequence[_Hits], k: int) -> list[tuple[_Hits, int]]:
@@ -408,6 +588,13 @@ def _by_segment(hits: Sequence[tuple[_Hits, int]]) -> list[tuple[_Hits, list[int
     for place, (group, _) in enumerate(hits):
         groups.setdefault(group.segment.ref.id, (group, []))[1].append(place)
     return list(groups.values())
+
+
+def _reported(stages: StageStats, n_cold: int, began: float, cost: Cost) -> SearchStats:
+    """What a part of a search cost."""
+    stats = SearchStats(n_requests=cost.n_requests, n_bytes=cost.bytes_read, n_rounds=cost.rounds)
+    _report(stats, stages, n_cold, began)
+    return stats
 
 
 def _report(stats: SearchStats, stages: StageStats, n_cold: int, began: float) -> None:

@@ -69,6 +69,11 @@ class BatchingEncoder:
     def info(self) -> ModelInfo:
         return self._encoder.info
 
+    def waiting_texts(self) -> dict[str, int]:
+        """Texts accepted and not yet answered, of queries and of documents."""
+        lanes = list(self._lanes.values())
+        return {kind: sum(pair[at].n_waiting_texts for pair in lanes) for at, kind in enumerate(("query", "document"))}
+
     async def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """As Encoder.encode_queries. Raises Unavailable (with retry_after_s) while too many texts wait."""
         with self._admitted(_QUERY, len(texts)) as lane:

@@ -61,6 +61,7 @@ class Kind(IntEnum):
     SWEEP = 9
     ALIAS = 10
     BUILD = 11
+    UPLOAD = 12
 
 
 FORMAT_VERSIONS: Final[dict[Kind, tuple[int, int]]] = dict.fromkeys(Kind, (1, 1))

@@ -4,6 +4,7 @@ pin     {index_id, generation, created_s, note, id, temporary}   garbage collect
 branch  {index, generation, created_s}             the index named here refers to objects of the index that holds the marker
 sweep   {writer, created_s, names, generations}    a garbage collection is about to delete these objects and these manifests
 alias   {index, created_s, id}                     another name of an index
+upload  {index_id, generation, first_id, last_id, created_s}   where the commit of a presigned upload begins, and then what it made
 build   {id, part, source, n_documents, objects, segment, codec, columns, created_s}   progress of a bulk build that can be resumed
 """
 
@@ -77,9 +78,26 @@ class BuildProgress(_Marker, frozen=True, kw_only=True):
     columns: tuple[Column, ...] = ()
 
 
-Marker: TypeAlias = Pin | Branch | Sweep | Alias | BuildProgress
-M = TypeVar("M", Pin, Branch, Sweep, Alias, BuildProgress)
-KINDS: dict[type, Kind] = {Pin: Kind.PIN, Branch: Kind.BRANCH, Sweep: Kind.SWEEP, Alias: Kind.ALIAS, BuildProgress: Kind.BUILD}
+class Upload(_Marker, frozen=True, kw_only=True):
+    """The commit of a presigned upload. As a claim: it can be found in generations after `generation` of this life of the index, and only
+    there. As a receipt (with document ids): `generation` made it."""
+
+    index_id: str
+    generation: int
+    first_id: int | None = None
+    last_id: int | None = None
+
+
+Marker: TypeAlias = Pin | Branch | Sweep | Alias | BuildProgress | Upload
+M = TypeVar("M", Pin, Branch, Sweep, Alias, BuildProgress, Upload)
+KINDS: dict[type, Kind] = {
+    Pin: Kind.PIN,
+    Branch: Kind.BRANCH,
+    Sweep: Kind.SWEEP,
+    Alias: Kind.ALIAS,
+    BuildProgress: Kind.BUILD,
+    Upload: Kind.UPLOAD,
+}
 
 
 def write_marker(marker: Marker) -> bytes:

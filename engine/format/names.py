@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 from ulid import ULID
 
@@ -50,6 +50,10 @@ def generation_of(name: str) -> tuple[str, int]:
 
 def codec(index: str, codec_id: str) -> str:
     return f"{index}/codecs/{codec_id}"
+
+
+def segments(index: str) -> str:
+    return f"{index}/segments/"
 
 
 def segment(index: str, segment_id: str) -> str:
@@ -103,6 +107,20 @@ def build(index: str, build_id: str, part: int) -> str:
     return f"{index}/builds/{build_id}/{part:08d}"
 
 
+def uploads(index: str) -> str:
+    return f"{index}/uploads/"
+
+
+def upload(index: str, upload_id: str, part: Literal["data", "claim", "receipt"]) -> str:
+    """A presigned upload: what the client put there, the generation from which on its commit must be looked for, and what came of it."""
+    return f"{index}/uploads/{upload_id}/{part}"
+
+
+def download(index: str, download_id: str) -> str:
+    """A large answer that a client fetches by a presigned address. Among the uploads: both are forgotten after a day."""
+    return f"{index}/uploads/{download_id}/answer"
+
+
 def aliases() -> str:
     return "_aliases/"
 
@@ -110,6 +128,15 @@ def aliases() -> str:
 def alias(name: str) -> str:
     """An alias may not be mistaken for an index: no index name starts with an underscore."""
     return f"_aliases/{name}"
+
+
+def records(kind: str, index: str) -> str:
+    """What was done to an index from outside: kind is "backups" or "drills". Like an alias, outside every index."""
+    return f"_records/{kind}/{index}/"
+
+
+def record(kind: str, index: str, record_id: str) -> str:
+    return f"_records/{kind}/{index}/{record_id}"
 
 
 def of_index(index: str) -> str:

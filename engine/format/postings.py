@@ -142,11 +142,13 @@ def read_posting_cells(
     n_documents: int,
     *,
     name: str,
+    wanted: np.ndarray | None = None,
 ) -> Postings:
     """The posting lists of a few cells, from their blocks, each verified by its checksum.
 
     cells      the cells, in the order of `blocks`
     checksums  uint64 (M,), of all cells
+    wanted     bool (K,): other lists are left empty; None wants all. Costs 2 ns a posting left out, 9 one that is wanted
 
     Raises CorruptData.
     """
@@ -161,16 +163,23 @@ def read_posting_cells(
                 found=found,
                 code="checksum-mismatch",
             )
-    return _join(np.asarray(cells, np.int64), blocks, cell_offsets, n_documents, name)
+    return _join(np.asarray(cells, np.int64), blocks, cell_offsets, n_documents, name, wanted)
 
 
-def _join(cells: np.ndarray, blocks: Sequence[Buffer], cell_offsets: np.ndarray, n_documents: int, name: str) -> Postings:
+def _join(
+    cells: np.ndarray,
+    blocks: Sequence[Buffer],
+    cell_offsets: np.ndarray,
+    n_documents: int,
+    name: str,
+    wanted: np.ndarray | None = None,
+) -> Postings:
     counts: list[np.ndarray] = [np.empty(0, np.int32)]
     ordinals: list[np.ndarray] = [np.empty(0, np.uint16)]
     codes: list[np.ndarray] = [np.empty(0, np.int64)]
     for cell, block in zip(cells.tolist(), blocks, strict=True):
         first, last = int(cell_offsets[cell]), int(cell_offsets[cell + 1])
-        numbers = _read_numbers(np.frombuffer(block, np.uint8), last - first)
+        numbers = _read_numbers(np.frombuffer(block, np.uint8), last - first, None if wanted is None else wanted[first:last])
         if numbers is None:
             raise corrupt(f"posting cell {cell} is cut", name=name, section=Section.POSTINGS, found=memoryview(block).nbytes)
         cell_counts, gaps = numbers[: last - first], numbers[last - first :]
@@ -183,8 +192,11 @@ def _join(cells: np.ndarray, blocks: Sequence[Buffer], cell_offsets: np.ndarray,
     return Postings(np.concatenate(codes), _offsets(np.concatenate(counts)), np.concatenate(ordinals))
 
 
-def _read_numbers(block: np.ndarray, n_codes: int) -> np.ndarray | None:
-    """The numbers of a block, uint8 (n,): int32 (n_codes + P,), counts before gaps. None if they do not fill the block exactly."""
+def _read_numbers(block: np.ndarray, n_codes: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
+    """The numbers of a block, uint8 (n,): int32 (n_codes + P,), counts before gaps. None if they do not fill the block exactly.
+
+    wanted  bool (n_codes,): lists that are not wanted get the count 0, and their gaps are left out
+    """
     if not n_codes:
         return None if len(block) else np.empty(0, np.int32)
     heads_end = 4 + n_codes + (int(block[:4].view("<u4")[0]) if len(block) >= 4 else 0)
@@ -195,12 +207,31 @@ def _read_numbers(block: np.ndarray, n_codes: int) -> np.ndarray | None:
     tails_end = heads_end + len(more) - n_longs
     if len(block) != tails_end + 2 * n_longs:
         return None
-    numbers = heads.astype(np.int32)
-    rest = (numbers[more] - _TAILED) * 256 + _TAILED
+    rest = (heads[more].astype(np.int32) - _TAILED) * 256 + _TAILED
     rest[~is_long] += block[heads_end:tails_end]
     rest[is_long] += block[tails_end:].view("<u2")
+    if wanted is not None:
+        return _some_numbers(heads, more, rest, wanted)
+    numbers = heads.astype(np.int32)
     numbers[more] = rest
     return numbers
+
+
+def _some_numbers(heads: np.ndarray, more: np.ndarray, rest: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
+    """As _read_numbers. heads uint8 (n + P,), of which heads[more] stand for the numbers `rest`. None if the lists are not P long."""
+    n_codes = len(wanted)
+    counts = heads[:n_codes].astype(np.int32)
+    n_large = int(np.searchsorted(more, n_codes))
+    counts[more[:n_large]] = rest[:n_large]
+    ends = _offsets(counts) + n_codes
+    if ends[-1] != len(heads):
+        return None
+    kept = counts[wanted]
+    places = np.arange(kept.sum(dtype=np.int64)) + np.repeat(ends[:-1][wanted] - _offsets(kept)[:-1], kept)
+    gaps = heads[places].astype(np.int32)
+    large = np.flatnonzero(gaps >= _TAILED)
+    gaps[large] = rest[np.searchsorted(more, places[large])]
+    return np.concatenate([np.where(wanted, counts, 0).astype(np.int32), gaps])
 
 
 def _read_ordinals(counts: np.ndarray, gaps: np.ndarray, n_documents: int) -> np.ndarray | None:

@@ -370,10 +370,13 @@ class QuantisedReader:
         at = self.ref.posting_cells_array() + start
         return [(int(at[cell]), int(at[cell + 1])) for cell in cells]
 
-    def posting_cells(self, cells: Sequence[int] | np.ndarray, blocks: Sequence[Buffer]) -> Postings:
-        """The posting lists of these cells, from the bytes of posting_ranges(cells). The answer's codes say which lists they are."""
+    def posting_cells(self, cells: Sequence[int] | np.ndarray, blocks: Sequence[Buffer], wanted: np.ndarray | None = None) -> Postings:
+        """The posting lists of these cells, from the bytes of posting_ranges(cells). The answer's codes say which lists they are.
+
+        wanted  bool (K,): the lists of other codes are left empty; None wants all
+        """
         checksums = self.ref.posting_checksums_array()
-        return read_posting_cells(cells, blocks, self.cell_offsets, checksums, self.ref.n_documents, name=self.name)
+        return read_posting_cells(cells, blocks, self.cell_offsets, checksums, self.ref.n_documents, name=self.name, wanted=wanted)
 
     def records(self, data: Buffer, sizes: Sizes, *, verify: bool = True) -> Records:
         """All records, as views of `data`."""

@@ -7,6 +7,9 @@
 After each upload a progress record says how far the source is consumed. A build that was killed is run again with the same source and goes
 on behind the last record; garbage collection keeps what the records name. Nothing is visible before the commit, and everything after it.
 If the kill fell between the commit and the removal of the records, the next run finds its segments in the index's history and only tidies.
+
+The other run may be only slow and not dead: two runs of one build meet at a record, which one of them writes first, and at the latest at the
+commit, before which each looks whether the other has committed. The first record is removed first, so whoever misses it has lost.
 """
 
 from __future__ import annotations
@@ -27,15 +30,16 @@ from engine.config import MAX_DOCUMENT_TOKENS, MaintenanceParams
 from engine.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from engine.format import names
 from engine.format.codec_object import write_codec
-from engine.format.manifest import CodecRef, Column, Manifest, SegmentRef
+from engine.format.manifest import CodecRef, Column, Manifest, SegmentRef, decode_manifest
 from engine.format.markers import BuildProgress, read_marker, write_marker
 from engine.index.build import NewSegment, Part, column_pairs, column_refs, encode_part, quantised_segment
 from engine.index.commit import Draft, Head, commit
 from engine.index.operations import bury, unit_rows
 from engine.index.plan import newest_codec
 from engine.index.reader import Reader
-from engine.index.snapshots import archived, manifest_at
+from engine.index.snapshots import archived
 from engine.metadata import schema
+from engine.store.base import Buffer, same_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, documents done, documents in all or 0 if unknown)."""
@@ -122,24 +126,30 @@ class BulkBuild:
         self.params, self.n_threads, self.progress = params or MaintenanceParams(), n_threads, progress or (lambda *_: None)
         self.build_id = ""
         self.state = _State()
+        self._first_record: Buffer = b""
+        self._began_at = 0
+        self._without_us: set[int] = set()
 
     async def run(self) -> BuildReport:
         """Build and commit. Raises InvalidRequest for documents that cannot be indexed; what was built before stays for a resumed run."""
         head = await self.reader.head(self.index)
+        self._began_at = head.manifest.generation
         life = head.manifest.index_id  # of an index of this name that was deleted and made again nothing is resumed
         self.build_id = xxhash.xxh3_128_hexdigest(f"{self.index}\n{life}\n{self.source.fingerprint}".encode())
         self._check_dimension(head.manifest)
         self.state.columns = head.manifest.columns
-        await self._load_progress()
+        remains = await self._load_progress()
         n_resumed = self.state.n_documents
-        if await self._is_committed(head):
+        if remains:
+            await self.store.delete(remains)
+        if remains or await self._is_committed(head.manifest):
             await self._tidy()
             return BuildReport(n_resumed=n_resumed, generation=head.manifest.generation, was_committed_before=True)
         codec = await self._codec(head.manifest)
         await self._build_segments(codec, head.manifest)
         if not self.state.segments:
             raise InvalidRequest("the source holds no documents", source=self.source.fingerprint)
-        head, n_replaced = await self._commit(life)
+        head, n_replaced, was_committed_before = await self._commit(life)
         await self._tidy()
         return BuildReport(
             n_documents=self.state.n_documents,
@@ -148,21 +158,34 @@ class BulkBuild:
             n_resumed=n_resumed,
             n_replaced=n_replaced,
             generation=head.manifest.generation,
+            was_committed_before=was_committed_before,
         )
 
     # Progress
 
-    async def _load_progress(self) -> None:
+    async def _load_progress(self) -> list[str]:
+        """Take up what an earlier run has noted. Returns the records that a run left over which had committed and was removing them."""
         prefix = names.build(self.index, self.build_id, 0).rpartition("/")[0] + "/"
+        remains: list[str] = []
         async for listed in self.store.list(prefix):
-            record = read_marker((await self.store.get(listed.name)).data, BuildProgress, name=listed.name)
+            try:
+                data = (await self.store.get(listed.name)).data
+            except NotFound as error:
+                raise self._other_run() from error
+            record = read_marker(data, BuildProgress, name=listed.name)
+            if record.part != self.state.n_parts and not self.state.n_parts:
+                remains.append(listed.name)
+                continue
             if record.part != self.state.n_parts:
                 break  # a gap: what follows was written by nobody we know
+            if not record.part:
+                self._first_record = data
             self.state.n_parts += 1
             self.state.codec_ref = record.codec or self.state.codec_ref
             if record.segment is not None:
                 self.state.segments.append(record.segment)
                 self.state.columns, self.state.n_documents = record.columns, record.n_documents
+        return remains
 
     async def _note(self, objects: Iterable[str], *, segment: SegmentRef | None = None, codec: CodecRef | None = None) -> None:
         record = BuildProgress(
@@ -176,29 +199,64 @@ class BulkBuild:
             columns=self.state.columns,
             created_s=self.reader.clock.now_s(),
         )
+        data = write_marker(record)
         try:
-            await self.store.put_if_absent(names.build(self.index, self.build_id, self.state.n_parts), write_marker(record))
+            await self.store.put_if_absent(names.build(self.index, self.build_id, self.state.n_parts), data)
         except Conflict as error:
-            raise Conflict("the same source is being built by another process", index=self.index, build=self.build_id) from error
+            raise self._other_run() from error
+        if not self.state.n_parts:
+            self._first_record = data
         self.state.n_parts += 1
 
-    async def _is_committed(self, head: Head) -> bool:
-        """Whether an earlier run committed these segments; compaction may have replaced them since, so the kept history is asked."""
+    def _other_run(self) -> Conflict:
+        return Conflict("the same source is being built by another process", index=self.index, build=self.build_id)
+
+    async def _is_committed(self, current: Manifest) -> bool:
+        """Whether some run committed these segments; compaction may have replaced them since, so the kept history is asked too.
+
+        Raises Conflict if a run of the same source that shares no segment with ours has committed since we began.
+        """
         ours = {segment.id for segment in self.state.segments}
-        if not ours:
+        if self._shows(current, ours):
+            return True
+        if not ours and current.generation == self._began_at:
             return False
-        manifests = [head.manifest]
-        async for generation, _ in archived(self.store, self.index, head.manifest.index_id):
+        async for generation, _ in archived(self.store, self.index, current.index_id):
+            if generation in self._without_us or (not ours and generation <= self._began_at):
+                continue
+            name = names.manifest(self.index, current.index_id, generation)
             try:
-                manifests.append(await manifest_at(self.store, self.index, generation, head=head))
+                manifest = decode_manifest((await self.store.get(name)).data, name=name)
             except NotFound:
                 continue
-        return any(segment.id in ours for manifest in manifests for segment in manifest.segments)
+            if self._shows(manifest, ours):
+                return True
+            self._without_us.add(generation)
+        return False
+
+    def _shows(self, manifest: Manifest, ours: set[str]) -> bool:
+        if any(segment.id in ours for segment in manifest.segments):
+            return True
+        if manifest.generation > self._began_at and manifest.cause.endswith(self.build_id):
+            raise self._other_run()
+        return False
+
+    async def _check_no_other_run_finished(self) -> None:
+        """Conflict if our first record is not there any more: another run of this build, of other segments, has committed and tidied."""
+        try:
+            found = await self.store.get(names.build(self.index, self.build_id, 0))
+        except NotFound as error:
+            raise self._other_run() from error
+        if not same_bytes(found.data, self._first_record):
+            raise self._other_run()
 
     async def _tidy(self) -> None:
-        """Remove the progress records. The build is committed, so a store that fails now changes no answer: the rest is left to rot."""
+        """Remove the progress records, the first one first. The build is committed, so a store that fails now changes no answer: the
+        rest is left to rot."""
+        records = [names.build(self.index, self.build_id, part) for part in range(self.state.n_parts)]
         with suppress(Unavailable):
-            await self.store.delete([names.build(self.index, self.build_id, part) for part in range(self.state.n_parts)])
+            await self.store.delete(records[:1])
+            await self.store.delete(records[1:])
 
     # Building
 
@@ -301,15 +359,20 @@ class BulkBuild:
 
     # Committing
 
-    async def _commit(self, life: str) -> tuple[Head, int]:
+    async def _commit(self, life: str) -> tuple[Head, int, bool]:
+        """The generation that has the documents, how many older ones they replaced, and whether another run had committed them."""
         state, codec_ref = self.state, self.state.codec_ref
         assert codec_ref is not None
-        n_replaced = 0
+        n_replaced, was_committed_before = 0, False
 
-        async def apply(manifest: Manifest) -> Draft:
-            nonlocal n_replaced
+        async def apply(manifest: Manifest) -> Draft | None:
+            nonlocal n_replaced, was_committed_before
             if manifest.index_id != life:
                 raise Conflict("the index was deleted and made again meanwhile", index=self.index)
+            if await self._is_committed(manifest):
+                was_committed_before = True
+                return None
+            await self._check_no_other_run_finished()
             if manifest.dim is not None and manifest.dim != codec_ref.dim:
                 raise Conflict("the index has got another dimension meanwhile", expected=codec_ref.dim, found=manifest.dim)
             columns = schema.adopt(column_pairs(manifest.columns), column_pairs(state.columns))
@@ -323,15 +386,16 @@ class BulkBuild:
                 dim=codec_ref.dim,
                 next_id=manifest.next_id + state.n_documents,
                 codecs=manifest.codecs if codec_ref.id in known else (*manifest.codecs, codec_ref),
-                segments=(*draft.manifest.segments, *(segment.rebased(manifest.next_id) for segment in state.segments)),
+                segments=(*draft.manifest.segments, *(segment.rebased(manifest.next_id + segment.base) for segment in state.segments)),
                 columns=column_refs(columns),
             )
             return draft
 
         began_s = self.reader.clock.monotonic_s()
-        head = await commit(self.store, self.index, apply, cause=f"build {state.n_documents} documents", clock=self.reader.clock)
+        cause = f"build {state.n_documents} documents of {self.build_id}"
+        head = await commit(self.store, self.index, apply, cause=cause, clock=self.reader.clock)
         self.reader.remember_head(self.index, head, asked_s=began_s)
-        return head, n_replaced
+        return head, n_replaced, was_committed_before
 
     async def _bury_replaced(self, draft: Draft) -> int:
         """Delete the documents of the index that carry a key of the new ones."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -111,6 +112,41 @@ async def _is_made(store: ObjectStore, index: str, first: Manifest) -> bool:
         return (await load_head(store, index)).manifest.index_id == first.index_id
     except NotFound:
         return False
+
+
+async def install(store: ObjectStore, index: str, data: Buffer, *, over_damage: bool = False) -> bool:
+    """Put a generation in force that was committed elsewhere or earlier, as it is: in a copy of an index, or after its CURRENT was lost.
+
+    data         the bytes of its manifest; everything that it names must be there
+    over_damage  replace a CURRENT that cannot be read, too
+    returns      whether CURRENT moved: it goes forward only, and stays where it is if that generation or a later one is in force
+    Raises Conflict (`index-exists`) if CURRENT belongs to another index, or has another commit of that number.
+    """
+    manifest = decode_manifest(data, name=names.current(index))
+    while True:
+        try:
+            found = await store.get(names.current(index))
+        except NotFound:
+            with suppress(Conflict):
+                await store.put_if_absent(names.current(index), data)
+                return True
+            continue
+        try:
+            there = decode_manifest(found.data, name=names.current(index))
+        except CorruptData:
+            if not over_damage:
+                raise
+        else:
+            if there.index_id != manifest.index_id:
+                raise Conflict("another index of this name is there", code="index-exists", index=index)
+            if there.generation == manifest.generation and there.writer != manifest.writer:
+                raise Conflict("this copy was written to: it has a history of its own", code="index-exists", index=index)
+            if there.generation >= manifest.generation:
+                return False
+            await archive(store, index, Head(there, found.data, found.etag))
+        with suppress(Conflict, NotFound):
+            await store.replace_if_unchanged(names.current(index), data, found.etag)
+            return True
 
 
 async def commit(

@@ -297,6 +297,19 @@ class Parts:
 
         return await self.memory.get(("sizes", segment.id), load)
 
+    def known_sizes(self, segment: SegmentRef) -> Sizes | None:
+        """What `sizes` would give, if it is in memory."""
+        hot = self.known_hot(segment)
+        return self.memory.peek(("sizes", segment.id)) if hot is None else hot.sizes
+
+    async def keep_sizes(self, segment: SegmentRef, sizes: Sizes) -> None:
+        """Remember the sizes that somebody has read and verified along with other things."""
+
+        async def load() -> tuple[Sizes, int]:
+            return sizes, sizes.starts.nbytes + sizes.n_tokens.nbytes
+
+        await self.memory.get(("sizes", segment.id), load)
+
     async def database(self, index: str, segment: SegmentRef, columns: Sequence[Column], tokenizer: str = "unicode61") -> Database:
         """The segment's metadata, patches applied, open for questions. Fetched when first asked for; sqlite3 is imported only then.
 

@@ -86,6 +86,15 @@ class Reader:
         known = self._heads.get(index)
         return known[0] if known is not None and self.clock.monotonic_s() - known[1] <= MAX_HEAD_AGE_S else None
 
+    def presumed_head(self, index: str) -> Head | None:
+        """The newest generation ever seen, however long ago: only to begin work that is thrown away unless it proves to be in force."""
+        known = self._heads.get(index)
+        return known[0] if known is not None else None
+
+    def doubt_heads(self) -> None:
+        """Take what is known for older than any `max_age_s`: time may have passed that the clock did not count (a frozen process)."""
+        self._heads = {index: (head, float("-inf")) for index, (head, _) in self._heads.items()}
+
     def remember_head(self, index: str, head: Head, *, asked_s: float | None = None) -> None:
         """asked_s: when the commit that made it began (monotonic; None: now). When its answer came, others may have followed."""
         self._remember(index, head, self.clock.monotonic_s() if asked_s is None else asked_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -36,13 +36,23 @@ def homes_of(manifest: Manifest, index: str) -> set[str]:
 
 def rehomed(manifest: Manifest, index: str) -> Manifest:
     """The same documents as seen from another index: every reference says whose prefix it lies under."""
+    return _settled(manifest, lambda home: home or index)
+
+
+def standalone(manifest: Manifest) -> Manifest:
+    """The same documents as they are named where every object lies under the index's own prefix: in a copy. Itself if they do already."""
+    return manifest if not homes_of(manifest, "") else _settled(manifest, lambda home: "")
+
+
+def _settled(manifest: Manifest, home_of: Callable[[str], str]) -> Manifest:
+    """Every home replaced."""
 
     def settle(ref: CodecRef | SegmentRef) -> CodecRef | SegmentRef:
-        changes: dict[str, object] = {"home": ref.home or index}
+        changes: dict[str, object] = {"home": home_of(ref.home)}
         if isinstance(ref, SegmentRef):
             if ref.tombstones is not None:
-                changes["tombstones"] = msgspec.structs.replace(ref.tombstones, home=ref.tombstones.home or index)
-            changes["patches"] = tuple(msgspec.structs.replace(patch, home=patch.home or index) for patch in ref.patches)
+                changes["tombstones"] = msgspec.structs.replace(ref.tombstones, home=home_of(ref.tombstones.home))
+            changes["patches"] = tuple(msgspec.structs.replace(patch, home=home_of(patch.home)) for patch in ref.patches)
         return msgspec.structs.replace(ref, **changes)
 
     return msgspec.structs.replace(

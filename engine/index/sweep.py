@@ -1,8 +1,9 @@
 """Garbage collection: delete what nothing names any more, and never what somebody may still read.
 
 Kept: whatever is named by CURRENT; by each generation that was in force within the grace period; by each pinned generation; by any
-generation of a branch; by the progress of an unfinished bulk build; and every object younger than the grace period, because a writer may
-be about to name it (a commit whose uploads have become older than that gives up, commit.py).
+generation of a branch; by the progress of an unfinished bulk build (and the generation that shows its commit, if it died right after);
+and every object younger than the grace period, because a writer may be about to name it (a commit whose uploads have become older than
+that gives up, commit.py).
 
 Order, which makes it safe against pins, readers and writers that appear meanwhile (see snapshots.py for the pinner's half):
 
@@ -28,6 +29,8 @@ from engine.index.references import objects_of
 from engine.store.base import Listed, ObjectStore
 
 TEMPORARY_PIN_LIFE_S = 86_400.0
+UPLOAD_LIFE_S = 86_400.0
+"""A presigned upload may be committed, and a large answer fetched, for a day."""
 BUILD_LIFE_S = 7 * 86_400.0
 """An unfinished bulk build may be resumed for a week after its last progress."""
 
@@ -61,7 +64,9 @@ async def sweep(
     now_s = await _store_now_s(store, index, clock or SystemClock())
     listing = {listed.name: listed async for listed in store.list(names.of_index(index))}
     kept = await _kept_names(store, index, now_s, grace_s)
-    old = {name for name, listed in listing.items() if now_s - listed.modified_s > grace_s and not _is_root(name, index)}
+    old = {
+        name for name, listed in listing.items() if now_s - listed.modified_s > _life_s(name, index, grace_s) and not _is_root(name, index)
+    }
     doomed = sorted(old - kept)
     n_young = len(listing.keys() - old - kept)
     if doomed and not dry_run:
@@ -124,6 +129,11 @@ async def _store_now_s(store: ObjectStore, index: str, clock: Clock) -> float:
     raise NotFound("an object that was just written is not listed", object=name)
 
 
+def _life_s(name: str, index: str, grace_s: float) -> float:
+    """How old an object that nothing names must be."""
+    return max(grace_s, UPLOAD_LIFE_S) if name.startswith(names.uploads(index)) else grace_s
+
+
 def _is_root(name: str, index: str) -> bool:
     """Objects that are deleted by their own verbs only, never because nothing names them."""
     return name == names.current(index) or name.startswith(names.pins(index))
@@ -132,19 +142,33 @@ def _is_root(name: str, index: str) -> bool:
 async def _kept_names(store: ObjectStore, index: str, now_s: float, grace_s: float) -> set[str]:
     """Every object name that must stay, read from the store now."""
     kept, pinned = await _pinned_names(store, index, now_s)
-    kept |= await names_kept_for_branches(store, index) | await _build_names(store, index, now_s)
+    builds = await _unfinished_builds(store, index, now_s)
+    kept |= await names_kept_for_branches(store, index) | set().union(*builds.values())
     try:
         head = (await load_head(store, index)).manifest
     except NotFound:
         return kept
     kept |= objects_of(head, index)
     archived, replaced_s = await _history(store, index, head)
-    manifests = await asyncio.gather(*(_manifest(store, listed.name) for listed in archived.values()))
-    for (generation, listed), manifest in zip(archived.items(), manifests, strict=True):
+    found = await asyncio.gather(*(_manifest(store, listed.name) for listed in archived.values()))
+    manifests = {generation: manifest for generation, manifest in zip(archived, found, strict=True) if manifest is not None}
+    proofs = _proofs(builds, head, manifests, index)
+    for generation, manifest in manifests.items():
         in_force = generation >= head.generation  # its archive may be old, and the next commit relies on it
-        if manifest is not None and (in_force or generation in pinned or now_s - replaced_s[generation] <= grace_s):
-            kept |= objects_of(manifest, index) | {listed.name}
+        if in_force or generation in pinned or generation in proofs or now_s - replaced_s[generation] <= grace_s:
+            kept |= objects_of(manifest, index) | {archived[generation].name}
     return kept
+
+
+def _proofs(builds: dict[str, set[str]], head: Manifest, manifests: dict[int, Manifest], index: str) -> set[int]:
+    """For each bulk build that was committed but not tidied, the last generation that shows it: a resumed run looks for it (bulk.py)."""
+    newest_first = [head, *(manifests[generation] for generation in sorted(manifests, reverse=True))]
+    proofs = set()
+    for own in builds.values():
+        segments = {name for name in own if name.startswith(names.segments(index))}
+        proof = next((manifest.generation for manifest in newest_first if segments & objects_of(manifest, index)), None)
+        proofs |= {proof} if proof is not None else set()
+    return proofs
 
 
 async def _history(store: ObjectStore, index: str, head: Manifest) -> tuple[dict[int, Listed], dict[int, float]]:
@@ -234,9 +258,9 @@ async def _names_of_branch(store: ObjectStore, marker: str) -> set[str]:
     return kept
 
 
-async def _build_names(store: ObjectStore, index: str, now_s: float) -> set[str]:
-    """Objects that unfinished bulk builds have uploaded, and their progress records, while they may still be resumed."""
-    kept: set[str] = set()
+async def _unfinished_builds(store: ObjectStore, index: str, now_s: float) -> dict[str, set[str]]:
+    """Of each unfinished bulk build, by its id: the objects that it has uploaded and its progress records, while it may still be resumed."""
+    found: dict[str, set[str]] = {}
     async for listed in store.list(names.builds(index)):
         if now_s - listed.modified_s > BUILD_LIFE_S:
             continue
@@ -244,6 +268,5 @@ async def _build_names(store: ObjectStore, index: str, now_s: float) -> set[str]
             progress = read_marker((await store.get(listed.name)).data, BuildProgress, name=listed.name)
         except NotFound:
             continue
-        kept.add(listed.name)
-        kept.update(progress.objects)
-    return kept
+        found.setdefault(progress.id, set()).update({listed.name}, progress.objects)
+    return found

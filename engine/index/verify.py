@@ -1,9 +1,13 @@
-"""Reading everything that an index names, and checking every checksum and every reference. Writes nothing."""
+"""Reading everything that an index names, and checking every checksum and every reference. Writes nothing.
+
+`expected_objects` says how each object of a generation is recognised; copying and recovery (engine/transfer, undelete.py) ask it too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -11,13 +15,73 @@ from engine.errors import CorruptData, EngineError, NotFound
 from engine.format import names
 from engine.format.codec_object import read_codec
 from engine.format.envelope import checksum
-from engine.format.manifest import CodecRef, Manifest, SegmentRef
+from engine.format.manifest import CodecRef, Manifest, ObjectRef, SegmentRef
+from engine.format.patch import read_patch
+from engine.format.tombstones import read_tombstones
 from engine.format.verify import verify_segment
-from engine.index.parts import Parts, missing
+from engine.index.parts import missing
 from engine.index.reader import Reader, Snapshot
 from engine.index.snapshots import generations, manifest_at
+from engine.store.base import Buffer
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An object that a generation names.
+
+    part   of the manifest, for people: "segment 01..."
+    check  takes the whole object's bytes; raises CorruptData or UnsupportedFormat if they are not what was written. Arithmetic only.
+    """
+
+    name: str
+    part: str
+    size_bytes: int
+    check: Callable[[Buffer], object]
+    n_documents: int = 0
+    n_tokens: int = 0
+
+    def verify(self, data: Buffer) -> None:
+        """Raises CorruptData or UnsupportedFormat."""
+        if len(data) != self.size_bytes:
+            raise CorruptData("object has another size", code="malformed", object=self.name, expected=self.size_bytes, found=len(data))
+        self.check(data)
+
+
+def expected_objects(manifest: Manifest, index: str) -> Iterator[Expected]:
+    """Every object that a reader of this generation may fetch, in the manifest's order; as many as references.objects_of names."""
+    for codec in manifest.codecs:
+        yield _codec(codec, index)
+    for segment in manifest.segments:
+        home, part = segment.home or index, f"segment {segment.id}"
+        name = names.segment(home, segment.id)
+        codec_ref = None if segment.kind == "flat" else manifest.codec_of(segment)
+        check = partial(_check_segment, ref=segment, codec=codec_ref, dim=manifest.dim or 0, name=name)
+        yield Expected(name, part, segment.size_bytes, check, segment.n_documents, segment.n_tokens)
+        if segment.metadata is not None:
+            name = names.metadata(home, segment.id)
+            yield Expected(name, part, segment.metadata.size_bytes, partial(_check_metadata, ref=segment.metadata, name=name))
+        if (dead := segment.tombstones) is not None:
+            name = names.tombstones(dead.home or index, dead.id)
+            yield Expected(name, part, dead.size_bytes, partial(read_tombstones, ref=dead, n_documents=segment.n_documents, name=name))
+        for patch in segment.patches:
+            name = names.patch(patch.home or index, patch.id)
+            yield Expected(name, part, patch.size_bytes, partial(read_patch, ref=patch, n_documents=segment.n_documents, name=name))
+
+
+def _codec(ref: CodecRef, index: str) -> Expected:
+    name = names.codec(ref.home or index, ref.id)
+    return Expected(name, f"codec {ref.id}", ref.size_bytes, partial(read_codec, name=name, ref=ref))
+
+
+def _check_segment(data: Buffer, *, ref: SegmentRef, codec: CodecRef | None, dim: int, name: str) -> None:
+    verify_segment(data, ref, codec, dim, name=name)
+
+
+def _check_metadata(data: Buffer, *, ref: ObjectRef, name: str) -> None:
+    if (found := checksum(data)) != ref.checksum:
+        raise CorruptData("metadata differ from what was written", object=name, expected=ref.checksum, found=found)
 
 
 @dataclass
@@ -36,7 +100,6 @@ class Verifier:
     """One verification of one index. Objects that several generations share are read once."""
 
     def __init__(self, reader: Reader, index: str, progress: Progress | None = None) -> None:
-        self.parts: Parts = reader.parts
         self.reader, self.index = reader, index
         self.progress = progress or (lambda *_: None)
         self.report = VerifyReport()
@@ -66,58 +129,25 @@ class Verifier:
     async def _verify_generation(self, generation: int) -> None:
         manifest = await manifest_at(self.reader.store, self.index, generation)
         self.report.n_generations += 1
-        for codec in manifest.codecs:
-            await self._check(f"codec {codec.id}", self._verify_codec(codec))
-        for number, segment in enumerate(manifest.segments):
-            self.progress("verify", number, len(manifest.segments))
-            if await self._check(f"segment {segment.id}", self._verify_segment(manifest, segment)):
-                await self._check(f"segment {segment.id}", self._verify_additions(manifest, segment))
+        wanted = list(expected_objects(manifest, self.index))
+        for number, expected in enumerate(wanted):
+            self.progress("verify", number, len(wanted))
+            if expected.name not in self._seen:
+                await self._check(expected.part, self._verify_object(expected))
         await self._check("ids", self._verify_ids(manifest))
 
-    async def _once(self, name: str, size_bytes: int) -> bytes | None:
-        """The whole object, straight from the store; None if it was verified already."""
-        if name in self._seen:
-            return None
+    async def _verify_object(self, expected: Expected) -> None:
+        """The whole object, straight from the store."""
         try:
-            data = (await self.parts.store.get(name)).data
+            data = (await self.reader.store.get(expected.name)).data
         except NotFound as error:
-            raise missing(name) from error
-        if len(data) != size_bytes:
-            raise CorruptData("object has another size", code="malformed", object=name, expected=size_bytes, found=len(data))
-        self._seen.add(name)
+            raise missing(expected.name) from error
+        await self.reader.parts.compute(expected.verify, data)
+        self._seen.add(expected.name)
         self.report.n_objects += 1
         self.report.n_bytes += len(data)
-        return data  # type: ignore[return-value]
-
-    async def _verify_codec(self, ref: CodecRef) -> None:
-        name = names.codec(ref.home or self.index, ref.id)
-        data = await self._once(name, ref.size_bytes)
-        if data is not None:
-            await self.parts.compute(read_codec, data, name=name, ref=ref)
-
-    async def _verify_segment(self, manifest: Manifest, segment: SegmentRef) -> None:
-        name = names.segment(segment.home or self.index, segment.id)
-        data = await self._once(name, segment.size_bytes)
-        if data is None:
-            return
-        self.report.n_documents += segment.n_documents
-        self.report.n_tokens += segment.n_tokens
-        codec = None if segment.kind == "flat" else manifest.codec_of(segment)
-        await self.parts.compute(verify_segment, data, segment, codec, manifest.dim or 0, name=name)
-
-    async def _verify_additions(self, manifest: Manifest, segment: SegmentRef) -> None:
-        """Tombstones, patches and metadata of a segment."""
-        dead = await self.parts.tombstones(self.index, segment)
-        patches = await self.parts.patches(self.index, segment)
-        self.report.n_objects += (segment.tombstones is not None) + len(segment.patches)
-        del dead, patches
-        if segment.metadata is not None:
-            name = names.metadata(segment.home or self.index, segment.id)
-            data = await self._once(name, segment.metadata.size_bytes)
-            if data is not None and checksum(data) != segment.metadata.checksum:
-                raise CorruptData(
-                    "metadata differ from what was written", object=name, expected=segment.metadata.checksum, found=checksum(data)
-                )
+        self.report.n_documents += expected.n_documents
+        self.report.n_tokens += expected.n_tokens
 
     async def _verify_ids(self, manifest: Manifest) -> None:
         """No document twice, none beyond next_id."""

@@ -28,6 +28,9 @@ MAX_GROUP_OPERATIONS = 256
 MAX_GROUP_TOKENS = 200_000
 """A group larger than this is committed in several rounds: about 50 MB of float16 at 128 dimensions."""
 
+INLINE_BYTES = 64 << 10
+"""Vectors up to this size are normalised on the event loop: a thread would cost more than it frees."""
+
 
 class _HeadCache(Protocol):
     """Where the writer looks for, and leaves, the newest generation it knows of (reader.py)."""
@@ -75,7 +78,10 @@ class Writer:
 
         Raises InvalidRequest (`dimension-mismatch` among others) before anything is written.
         """
-        operation = Add.of(tokens, offsets, fields, keys)
+        if np.asarray(tokens).nbytes > INLINE_BYTES:
+            operation = await self._parts.compute(Add.of, tokens, offsets, fields, keys)
+        else:
+            operation = Add.of(tokens, offsets, fields, keys)
         await self._submit(operation)
         return operation.added
 

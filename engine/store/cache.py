@@ -80,6 +80,11 @@ class CachedStore(AroundStore):
         return self._extents.stats
 
     @property
+    def held_bytes(self) -> int | None:
+        """Bytes in the folder as this process knows; None before it has looked."""
+        return self._extents.held_bytes
+
+    @property
     def is_off(self) -> bool:
         return self._extents.is_off
 

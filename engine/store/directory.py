@@ -301,6 +301,8 @@ def _translated(error: OSError, name: str) -> EngineError:
         return NotFound("no such object", name=name)
     if isinstance(error, NotADirectoryError | IsADirectoryError):
         return InvalidRequest("in a directory store a name cannot be both an object and a folder", name=name)
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+    if error.errno == errno.EROFS:
+        return Unavailable("the file system is read-only", code="store-denied", name=name, refused="write")
+    if isinstance(error, PermissionError):
         return Unavailable("the file system refused", code="store-denied", name=name, cause=error.strerror)
     return Unavailable("the file system failed", name=name, cause=error.strerror or str(error))

@@ -184,6 +184,11 @@ class ExtentCache:
         self._off_until_s = 0.0
 
     @property
+    def held_bytes(self) -> int | None:
+        """Bytes in the folder, those of other processes as of the last sweep; None before the first and after `forget`."""
+        return self._held_bytes
+
+    @property
     def is_off(self) -> bool:
         return time.monotonic() < self._off_until_s
 

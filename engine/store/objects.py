@@ -43,7 +43,7 @@ MAX_PUT_BYTES = 5 * 1024**3
 _PAGE = 1000
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_CODES = ("RequestTimeout", "SlowDown")
-_DENIED = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "AuthorizationHeaderMalformed", "NoSuchBucket", "169.254.")
+_DENIED = ("AccessDenied", "ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "AuthorizationHeaderMalformed", "NoSuchBucket", "169.254.")
 """S3 error codes that no retry cures; 169.254: no credentials were found, so the instance's metadata service was asked, in vain."""
 _STATUS = re.compile(r"status code: (\d{3})")
 
@@ -100,6 +100,22 @@ def open_store(url: str, options: StoreOptions = DEFAULT_OPTIONS) -> ObjectStore
     if url and "://" not in url:
         return DirectoryStore(url, fsync=options.fsync)
     raise InvalidRequest("a store is s3://bucket/prefix, file:///folder, a path, or memory://", url=url)
+
+
+async def signed_address(store: ObjectStore, method: Literal["GET", "PUT"], name: str, life_s: float) -> str:
+    """A URL by which anyone who has it may do one thing to one object for a while, without credentials of their own. No request.
+
+    Raises InvalidRequest for a store that is not S3: only S3 can be spoken to by strangers.
+    """
+    while (inner := getattr(store, "inner", None)) is not None:
+        store = inner
+    remote = getattr(store, "_store", None)
+    if not isinstance(remote, S3Store):
+        raise InvalidRequest("this store has no addresses that can be given away; only s3:// has", method=method)
+    try:
+        return await obstore.sign_async(remote, method, check_name(name), timedelta(seconds=life_s))
+    except (BaseError, FileNotFoundError) as error:
+        raise _translated(error, name) from error
 
 
 async def probe_conditional_writes(store: ObjectStore, prefix: str) -> None:
@@ -159,8 +175,8 @@ def _s3(bucket: str, prefix: str, options: StoreOptions) -> S3Store:
 def _profile_credentials(profile: str | None) -> Callable[[], Any]:
     """boto3 takes a quarter of a second to import, so only who names a profile pays for it."""
     try:
-        import boto3  # type: ignore[import-untyped]
-        from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+        import boto3
+        from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise InvalidRequest("an AWS profile needs the extra: pip install tartan[aws]", profile=profile) from error
@@ -310,6 +326,8 @@ class _RemoteStore:
                     if meta["size"] != len(data):
                         return _Held(meta["e_tag"] or "", is_ours=False)
                     found = await self._try(answer.bytes_async(), name, meta["size"])
+                if len(found) != meta["size"]:
+                    raise _Passing("the store cut its answer short", name=name, expected=meta["size"], found=len(found))
                 return _Held(meta["e_tag"] or "", is_ours=same_bytes(memoryview(found), data))
             except NotFound:
                 return None
@@ -368,7 +386,7 @@ class _RemoteStore:
                     await self._delete_page([name])
                 return None
             except Unavailable as failure:
-                await patience.after(failure)
+                await patience.after(_noting_refusal(failure))
 
     async def local_path(self, name: str) -> str | None:
         return None
@@ -404,11 +422,18 @@ def _write_failure(error: Exception, name: str) -> Unavailable:
     """A conditional write that was refused although nothing stands in its way (S3's 409), or that went unanswered."""
     if isinstance(error, Unavailable):
         if not isinstance(error, _Passing):
-            raise error
+            raise _noting_refusal(error)
         error.details["outcome"] = "not written"
         return error
     failure = _Passing("the store keeps refusing a conditional write that should succeed", name=name)
     failure.__cause__ = error
+    return failure
+
+
+def _noting_refusal(failure: EngineError) -> EngineError:
+    """Say in the details if it was the right to write that was lacking, and not, for all we know, the right to read as well."""
+    if failure.code == "store-denied" and "AccessDenied" in str(failure.__cause__):
+        failure.details["refused"] = "write"
     return failure
 
 

@@ -4,8 +4,9 @@
     answers = await store.get_ranges(name, plan.gets)
     views = plan.slice(answers)
 
-On S3 a GET costs its price and about 0.1 ms of CPU, whatever its size; GETs in flight together cost no extra latency.
-So a small gap is read and thrown away, a large one is not, and a long span is cut so that its parts travel side by side.
+On S3 a GET costs its price and about 0.1 ms of CPU, whatever its size; GETs in flight together cost little extra latency (the slowest of
+them counts). So a small gap is read and thrown away, a large one is not, and a long span is cut so that its parts travel side by side.
+What "small" and "long" mean is a price: `ReadPolicy.priced`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from engine.store.base import Buffer, Range
 
 KIB = 1024
 MIB = 1024 * KIB
+CONNECTION_BYTES_PER_S = 80e6
+"""What one connection to S3 brings within a region, as published measurements put it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,30 @@ class ReadPolicy:
             raise InvalidRequest("gaps and costs are not negative", policy=self)
         if self.max_get_bytes < 1 or (self.max_gets is not None and self.max_gets < 1):
             raise InvalidRequest("a plan needs at least one byte per GET and one GET", policy=self)
+
+    @classmethod
+    def priced(
+        cls,
+        *,
+        usd_per_get: float,
+        usd_per_s: float,
+        bytes_per_s: float = CONNECTION_BYTES_PER_S,
+        max_gets: int | None = None,
+    ) -> ReadPolicy:
+        """The policy of a process that pays `usd_per_s` while it waits (its memory times the price of a GB-second; engine/cost.py).
+
+        A gap of g bytes keeps the process g / bytes_per_s longer, a GET costs its price: they are equal at usd_per_get / usd_per_s ·
+        bytes_per_s bytes. A span of n bytes in two GETs arrives n / 2 / bytes_per_s earlier for one more price, which pays above twice
+        that; the bound is twice as high again, because one more GET is one more chance of a slow one.
+        """
+        if usd_per_get < 0 or usd_per_s <= 0 or bytes_per_s <= 0:
+            raise InvalidRequest("a second and a byte have a price", usd_per_get=usd_per_get, usd_per_s=usd_per_s, bytes_per_s=bytes_per_s)
+        equal = int(usd_per_get / usd_per_s * bytes_per_s)
+        return cls(max_gap_bytes=max(equal, MIB), request_cost_bytes=equal, max_get_bytes=max(4 * equal, MIB), max_gets=max_gets)
+
+    def cost_bytes(self, gets: Iterable[Range]) -> int:
+        """What some GETs cost, in bytes: those they bring, and request_cost_bytes each."""
+        return sum(end - start + self.request_cost_bytes for start, end in gets)
 
 
 DEFAULT_POLICY = ReadPolicy()
