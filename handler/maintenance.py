@@ -20,12 +20,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from engine.errors import EngineError, NotFound
 from engine.format.manifest import Manifest
 from engine.index.compact import compact
 from engine.index.indices import list_indices
 from engine.index.plan import next_step
 from engine.index.sweep import sweep
+from handler.index_facts import IndexFacts
 from handler.runtime import Runtime, Settings, child_environment
 
 SWEEP_INTERVAL_S = 3600.0
@@ -116,7 +119,10 @@ class Maintenance:
         return found
 
     async def _look_at_all(self) -> None:
-        for name, head in (await list_indices(self.runtime.store)).items():
+        heads = await list_indices(self.runtime.store)
+        if self.runtime.metrics is not None:
+            self.runtime.metrics.saw_all({name: IndexFacts.of(head.manifest) for name, head in heads.items()})
+        for name, head in heads.items():
             due_s = self._swept_s.setdefault(name, time.monotonic()) + SWEEP_INTERVAL_S
             wants_sweep = time.monotonic() >= due_s
             if next_step(head.manifest, self.runtime.maintenance) is None and not wants_sweep:
@@ -141,8 +147,20 @@ class Maintenance:
             elif answer.startswith(b"{"):
                 sys.stdout.write(answer.decode())
                 sys.stdout.flush()
+                self._note_line(answer)
         self._idle_since_s = time.monotonic()
         self._count("done" if answer == DONE else "failed")
+
+    def _note_line(self, line: bytes) -> None:
+        """What a line of the child's log says to the metrics."""
+        metrics = self.runtime.metrics
+        if metrics is None:
+            return
+        event = msgspec.json.decode(line)
+        if event.get("event") == "maintained":
+            metrics.maintenance_s.labels(event["verb"]).observe(event["s"])
+        elif "code" in event:
+            metrics.errors.labels(event["code"]).inc()
 
     async def _start_child(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE

@@ -28,12 +28,14 @@ STATUSES: dict[str, int] = {
     "MODEL_NOT_LOADED": 400,
     "UNAUTHORIZED": 401,
     "FORBIDDEN": 403,
+    "READ_ONLY": 403,
     "INDEX_NOT_FOUND": 404,
     "INDEX_NOT_DECLARED": 404,
     "METADATA_NOT_FOUND": 404,
     "GENERATION_NOT_FOUND": 404,
     "PIN_NOT_FOUND": 404,
     "ALIAS_NOT_FOUND": 404,
+    "UPLOAD_NOT_FOUND": 404,
     "NO_SUCH_ROUTE": 404,
     "METHOD_NOT_ALLOWED": 405,
     "TIMEOUT": 408,
@@ -120,6 +122,11 @@ def unavailable(message: str, retry_after_s: float = 1.0) -> Problem:
     return Problem("SERVICE_UNAVAILABLE", message, headers={"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
+def read_only() -> Problem:
+    """403 from a server whose settings make it a replica that only searches."""
+    return Problem("READ_ONLY", "this server only reads: send changes to one that may write")
+
+
 def problem_of(error: BaseException, *, index: str | None = None) -> Problem:
     """The answer for anything that was raised. Programming mistakes become a 500 that says nothing about the inside."""
     if isinstance(error, Problem):
@@ -131,6 +138,8 @@ def problem_of(error: BaseException, *, index: str | None = None) -> Problem:
     code = _WIRE_CODES.get(error.code) or next(code for kind, code in _WIRE_KINDS if isinstance(error, kind))
     if code in ("INDEX_NOT_FOUND", "INDEX_ALREADY_EXISTS"):
         return Problem(code, str(error.details.get("index", index or "")))
+    if error.code == "store-denied" and error.details.get("refused") == "write":
+        return Problem("READ_ONLY", "the object store lets this server read and not write: send changes to one that may write")
     if isinstance(error, Unavailable):
         return unavailable(str(error), error.retry_after_s)
     return Problem(code, str(error))

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import ssl
+import sys
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -32,6 +35,7 @@ from handler.runtime import Runtime, Settings, share_metrics
 
 _Scope = Mapping[str, Any]
 _Receive = Callable[[], Awaitable[Any]]
+_PR_SET_PDEATHSIG = 1
 _Send = Callable[[Any], Awaitable[None]]
 
 
@@ -41,6 +45,7 @@ def serve(host: str, port: int, settings: Settings, workers: int = 1) -> int:
     from granian.log import LogLevels
 
     Runtime(settings).gate  # noqa: B018  unreadable keys must stop the server here, not its workers one by one
+    tls = _tls(settings)
     _check_free(host, port)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tartan-"))
@@ -58,6 +63,7 @@ def serve(host: str, port: int, settings: Settings, workers: int = 1) -> int:
             websockets=False,
             backlog=1024,
             respawn_failed_workers=True,
+            **tls,
             workers_kill_timeout=max(1, int(settings.timeout_s)),
             log_level=LogLevels.warning,
         )
@@ -74,6 +80,20 @@ def _check_free(host: str, port: int) -> None:
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    """granian's arguments for TLS; none for plain HTTP. ValueError for a certificate that cannot serve."""
+    from granian.constants import SSLProtocols
+
+    if not settings.tls_cert and not settings.tls_key:
+        return {}
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key or None)
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(f"the TLS certificate {settings.tls_cert!r} and key {settings.tls_key!r} cannot be used: {error}") from error
+    # TLS 1.2 as well: granian alone would take 1.3 only, and some balancers speak 1.2 to their targets.
+    return {"ssl_cert": Path(settings.tls_cert), "ssl_key": Path(settings.tls_key), "ssl_protocol_min": SSLProtocols.tls12}
 
 
 def _granian(draining: Any, drain_s: float) -> Any:
@@ -106,9 +126,21 @@ class _Loader:
     folder: str
 
     def __call__(self) -> Worker:
+        os.setpgid(0, 0)  # a SIGTERM to the whole group (a service manager, a terminal) is for the main process, which drains first
+        _die_with_parent()
         runtime = Runtime(self.settings)
         runtime.is_draining = lambda: bool(self.draining.value)
         return Worker(create_app(runtime=runtime), Maintenance(runtime, Path(self.folder)))
+
+
+def _die_with_parent() -> None:
+    """A worker whose main process was killed would go on listening where the next server wants to, with nobody to stop it. Linux ends it with the
+    parent; elsewhere it stays."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died just before
+            os._exit(1)
 
 
 class Worker:
@@ -135,9 +167,12 @@ class Worker:
 
     def _start(self) -> None:
         settings = self.runtime.settings
+        self.runtime.exporter  # noqa: B018  its import must neither hold up a request nor fail there
+        if settings.metrics:
+            self._tasks.append(asyncio.create_task(self.runtime.keep_counting()))
         if settings.warm or self.runtime.has_model:
             self._tasks.append(asyncio.create_task(self.runtime.warm_up()))
-        if settings.compact:
+        if settings.compact and not settings.read_only:
             self.runtime.on_write = self._maintenance.saw
             self._tasks.append(asyncio.create_task(self._maintenance.run()))
         self.runtime.log.info("serving", pid=os.getpid(), index_dir=settings.index_dir, model=settings.model or None)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from engine.config import MAX_DIM, MAX_DOCUMENT_TOKENS, MAX_QUERY_TOKENS, IndexConfig, SearchParams
+from engine.config import MAX_DIM, MAX_DOCUMENT_TOKENS, MAX_QUERY_TOKENS, PRESETS, IndexConfig, Preset, SearchParams
 from engine.errors import InvalidRequest
 from handler.problems import Problem, bad_request
 
@@ -88,23 +88,26 @@ class DeleteRequest(Struct):
 
 
 class Params(Struct):
-    """How hard to search. A threshold that is null or absent prunes nothing."""
+    """How hard to search. A threshold that is null or absent prunes nothing. Extension: `preset` stands for what is not given beside it."""
 
     top_k: UInt | None = None
     n_ivf_probe: UInt | None = None
     n_full_scores: UInt | None = None
     centroid_score_threshold: float | None = None
+    preset: Preset | None = None
 
 
 class _Extensions(Struct, kw_only=True):
     """consistency "eventual" may answer from a generation that was in force at most max_age_s ago; as_of is a generation or a time
-    (RFC 3339); explain adds token-level matches and costs; with_ids adds the external ids of hits."""
+    (RFC 3339); explain adds token-level matches and costs; with_ids adds the external ids of hits; allow_partial: where a search is fanned out,
+    a part of the index that cannot be searched is named in the answer (failed_shards) instead of failing it."""
 
     consistency: Literal["strong", "eventual"] = "strong"
     max_age_s: Annotated[float, Meta(ge=0)] = 5.0
     as_of: UInt | str | None = None
     explain: bool = False
     with_ids: bool = False
+    allow_partial: bool = False
 
 
 class SearchRequest(_Extensions, kw_only=True):
@@ -289,7 +292,7 @@ class Deleted(Struct):
 
 
 class QueryCost(Struct):
-    """What one query cost. The estimate counts the object store's list price of requests, nothing else."""
+    """What one query cost. The estimate (engine/cost.py) counts requests of the object store and, in a function, its time; list prices."""
 
     stages_ms: dict[str, float]
     candidates: int
@@ -310,6 +313,14 @@ class Explanation(Struct):
     matches: list[list[tuple[int, float]] | None]
 
 
+class FailedShard(Struct):
+    """A part of the index that was not searched, the kind of failure, and why."""
+
+    shard: int
+    error: str
+    cause: str
+
+
 class QueryResult(Struct):
     query_id: int
     document_ids: list[int]
@@ -317,6 +328,7 @@ class QueryResult(Struct):
     metadata: list[Row | None]
     ids: list[str | None] | UnsetType = UNSET
     explain: Explanation | UnsetType = UNSET
+    failed_shards: list[FailedShard] | UnsetType = UNSET
 
 
 class SearchAnswer(Struct):
@@ -594,15 +606,21 @@ _DEFAULT_FULL_SCORES = 4096
 
 def search_params(params: Params, n_documents: int) -> SearchParams:
     """What the engine is told. No more hits than documents, and, as on the peer, none beyond n_full_scores."""
-    n_full_scores = _DEFAULT_FULL_SCORES if params.n_full_scores is None else params.n_full_scores
     top_k = DEFAULT_PARAMS.k if params.top_k is None else params.top_k
-    k = min(top_k, n_full_scores, n_documents)
-    n_candidates = max(1, min(n_full_scores, max(n_documents, 1)))
+    preset = PRESETS[params.preset or "balanced"]
+    most = max(n_documents, 1)
+    if params.preset is not None and params.n_full_scores is None:
+        k = min(top_k, n_documents)
+        n_candidates, n_rerank = preset["n_candidates"], max(preset["n_rerank"], k)
+    else:
+        n_full_scores = _DEFAULT_FULL_SCORES if params.n_full_scores is None else params.n_full_scores
+        k = min(top_k, n_full_scores, n_documents)
+        n_candidates, n_rerank = max(1, min(n_full_scores, most)), max(min(n_full_scores, 4 * most) // 4, k, 1)
     return SearchParams(
         k=k,
-        n_probe=max(1, DEFAULT_PARAMS.n_probe if params.n_ivf_probe is None else min(params.n_ivf_probe, 1 << 20)),
+        n_probe=max(1, preset["n_probe"] if params.n_ivf_probe is None else min(params.n_ivf_probe, 1 << 20)),
         n_candidates=n_candidates,
-        n_rerank=max(min(n_full_scores, 4 * max(n_documents, 1)) // 4, k, 1),
+        n_rerank=n_rerank,
         centroid_score_threshold=params.centroid_score_threshold,
     )
 

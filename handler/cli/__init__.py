@@ -3,11 +3,16 @@
     session    what all commands share: options, the store, output as tables or JSON, errors
     progress   how far a long command is
     build      index, import
+    builds     build-status
     query      search, recall
     indices    list, info, export, delete
     history    generations, pin, rollback, branch
+    backup     backup, restore, undelete, drill
+    doctor     doctor
+    cost       cost
     upkeep     compact, gc, verify
     service    serve, key, version
+    smoke      smoke
 
 Exit codes: 0 done, 1 it failed (one line on stderr says why), 2 the command line is wrong, 130 interrupted. Numeric libraries and the
 engine are imported by the commands that need them, so that help is quick.
@@ -20,7 +25,7 @@ import sys
 
 import typer
 
-from handler.cli import build, history, indices, query, service, upkeep
+from handler.cli import backup, build, builds, cost, doctor, history, indices, query, service, smoke, upkeep
 
 INTERRUPTED = 130
 
@@ -31,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (build, query, indices, history, upkeep, service):
+for module in (build, builds, query, indices, history, backup, upkeep, doctor, cost, service, smoke):
     module.register(app)
 
 

@@ -212,22 +212,10 @@ async def _source(
 async def _texts(
     session: Session, background: Background, content: Content, pool_factor: int | None, without: tuple[str, ...] | list[str]
 ) -> Source:
-    import msgspec
-    import numpy as np
-
     from engine.transfer.vectors import TextLines
-    from handler.runtime import LEXICAL_MODEL, load_encoder
+    from handler.texts import document_encoder
 
-    settings = session.runtime.settings
-    if not session.runtime.has_model:
-        settings = msgspec.structs.replace(settings, model=LEXICAL_MODEL)
-    encoder = await load_encoder(settings)
-    about = encoder.info
-
-    def encode(texts: Any) -> tuple[np.ndarray, np.ndarray]:
-        return background.run(encoder.encode_documents(texts, pool_factor))
-
-    named = f"{about.name} int8={about.quantized} dim={about.embedding_dim} length={about.document_length} pool={pool_factor}"
+    encode, named = await document_encoder(session.runtime.settings, background, pool_factor)
     return await asyncio.to_thread(TextLines, content, encode, encoder=named, without=without)
 
 

@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What to search for: a text or token vectors, a filter, how hard to try."""
+    """What to search for: a text or token vectors, a filter, how hard to try. in_memory: bring the index into memory first."""
 
     text: str | None
     vectors: str | None
@@ -60,6 +60,7 @@ class _Asked:
     parameters: tuple[object, ...]
     params: SearchParams
     explain: bool
+    in_memory: bool
 
 
 @dataclass
@@ -81,6 +82,7 @@ def search(
     param: Annotated[list[str] | None, typer.Option("--param", help="A value for each ? of the condition; JSON, else text.")] = None,
     keyword: Annotated[bool, typer.Option("--keyword", help="Search for the words of TEXT (BM25) and not its vectors.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Show which document token answered each query token.")] = False,
+    preset: Annotated[str, typer.Option("--preset", help="How hard to try: fast, balanced or exact.")] = "balanced",
     n_probe: NProbe = None,
     n_candidates: NCandidates = None,
     n_rerank: NRerank = None,
@@ -100,7 +102,7 @@ def search(
     [dim]tartan search demo "bridges that fell down" -k 5
     tartan search demo "storm" --where "year > ? AND topic = ?" --param 1900 --param engineering
     tartan search demo "Tacoma" --keyword
-    tartan search papers --vectors query.npy --n-rerank 256 --explain --json[/dim]
+    tartan search papers --vectors query.npy --preset fast --explain --json[/dim]
     """
     if (text is None) == (vectors is None):
         usage("give either TEXT or --vectors")
@@ -111,10 +113,13 @@ def search(
     wanted: dict[str, Any] = {"n_probe": n_probe, "n_candidates": n_candidates, "n_rerank": n_rerank, "centroid_score_threshold": threshold}
 
     async def work(session: Session) -> Output:
-        from engine.config import SearchParams
+        from engine.config import PRESETS, SearchParams
 
-        params = SearchParams(k=k, **{key: value for key, value in wanted.items() if value is not None})
-        asked = _Asked(text, vectors, keyword, where, tuple(map(_value, param or ())), params, explain)
+        usual = next((values for name, values in PRESETS.items() if name == preset), None)
+        if usual is None:
+            usage(f"--preset is one of {', '.join(PRESETS)}, not {preset!r}")
+        params = SearchParams(k=k, **{**usual, **{key: value for key, value in wanted.items() if value is not None}})
+        asked = _Asked(text, vectors, keyword, where, tuple(map(_value, param or ())), params, explain, preset == "exact")
         return await _search(session, index, generation, asked)
 
     run(work, store, as_json, model=model, model_int8=int8)
@@ -197,7 +202,8 @@ async def _by_keyword(snapshot: Snapshot, asked: _Asked, subset: np.ndarray | No
 
 
 async def _by_vectors(session: Session, snapshot: Snapshot, asked: _Asked, query: np.ndarray, subset: np.ndarray | None) -> _Found:
-    [answer] = await session.runtime.searcher.search(snapshot, [query], asked.params, subset=subset, explain=asked.explain)
+    searcher, mode = session.runtime.searcher, "warm" if asked.in_memory else "auto"
+    [answer] = await searcher.search(snapshot, [query], asked.params, subset=subset, explain=asked.explain, mode=mode)  # type: ignore[arg-type]
     hits = [_hit(*line) for line in zip(answer.ids.tolist(), answer.scores.tolist(), answer.rows, answer.keys, strict=True)]
     for hit, matches in zip(hits, answer.matches or (), strict=False):
         hit["matches"] = [{"query_token": n, "token": token, "similarity": round(value, 6)} for n, (token, value) in enumerate(matches)]
@@ -294,13 +300,14 @@ async def _recall(
     from engine.config import SearchParams
     from engine.errors import InvalidRequest
     from engine.evaluate import Exhaustive
+    from engine.transfer.sampling import sampled_queries
 
     snapshot = await session.runtime.reader.snapshot(index)
     ids = await snapshot.live_ids()
     if not len(ids):
         raise InvalidRequest("recall needs documents", index=index, found=0)
     k = min(k, len(ids))
-    queries = await _sampled_queries(snapshot, ids, n_queries, query_tokens, seed)
+    queries = await sampled_queries(snapshot, ids, n_queries, query_tokens, seed)
     truth = Exhaustive(np.concatenate(queries), np.cumsum([0, *map(len, queries)]), k)
     await _read_truth(snapshot, truth, report)
     true_ids, _ = truth.result()
@@ -318,25 +325,21 @@ async def _recall(
         "target": target,
         "settings": tries,
         "cheapest": reaching[0] if reaching else None,
+        "command": _command(index, k, reaching[0]) if reaching else None,
+        "http_params": _http_params(k, reaching[0]) if reaching else None,
     }
     return Output(document, lambda console: _show_recall(console, document, default), is_good=bool(reaching))
 
 
-async def _sampled_queries(snapshot: Snapshot, ids: np.ndarray, n_queries: int, query_tokens: int, seed: int) -> list[np.ndarray]:
-    """float32 (q, D) each, q <= query_tokens: random tokens of random documents."""
-    import numpy as np
+def _command(index: str, k: int, line: dict[str, Any]) -> str:
+    """What to type to search with the settings of a line."""
+    options = " ".join(f"--{name.replace('_', '-')} {line[name]}" for name in ("n_probe", "n_candidates", "n_rerank"))
+    return f'tartan search {index} "..." -k {k} {options}'
 
-    from engine.transfer.export import blocks
 
-    rng = np.random.Generator(np.random.PCG64(seed))
-    chosen = rng.choice(ids, min(n_queries, len(ids)), replace=False)
-    queries = []
-    async for block in blocks(snapshot, chosen):
-        tokens, offsets = await block.tokens()
-        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            which = np.sort(rng.choice(end - start, min(query_tokens, end - start), replace=False))
-            queries.append(tokens[start:end][which])
-    return queries
+def _http_params(k: int, line: dict[str, Any]) -> dict[str, int]:
+    """The same for the HTTP API, where a quarter of n_full_scores is scored exactly: not less of anything than the line has."""
+    return {"top_k": k, "n_ivf_probe": line["n_probe"], "n_full_scores": max(line["n_candidates"], 4 * line["n_rerank"])}
 
 
 async def _read_truth(snapshot: Snapshot, truth: Any, report: Reporter) -> None:
@@ -389,3 +392,6 @@ def _show_recall(console: Console, document: dict[str, Any], default: SearchPara
     console.print(shown)
     said = f"of {count(document['queries'], 'query', 'queries')}; target {document['target']}"
     console.print(said + ("" if document["cheapest"] else ", which no setting reaches"))
+    if document["cheapest"]:
+        console.print(f"use it:  {document['command']}", markup=False)
+        console.print(f'over HTTP:  "params": {json.dumps(document["http_params"])}', markup=False)

@@ -47,6 +47,11 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of the encoder.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Server processes.", show_default="1")] = None,
+    read_only: Annotated[
+        bool | None, typer.Option("--read-only", help="Search only: refuse every change, do no maintenance.", show_default=False)
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate (chain) to serve TLS with.")] = None,
+    tls_key: Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve indices over HTTP, with NextPlaid's API. SIGTERM ends it gracefully.
@@ -67,6 +72,9 @@ def serve(
             document_length=document_length,
             encoder_threads=threads,
             workers=workers,
+            read_only=read_only,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
         )
         from handler import server
 

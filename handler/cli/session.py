@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from handler.runtime import Runtime
 
 DEFAULT_STORE = "./data/indices"
+"""That of Settings, shown by --help without importing it; a test compares."""
 PIPED_COLUMNS = 160
 """Width of what does not go to a terminal."""
 MAINTENANCE_MEMORY_BYTES = 128 << 20
@@ -100,12 +101,9 @@ def settings_of(store: str | None, **overrides: Any) -> Any:
     from handler.runtime import Settings
 
     try:
-        settings = Settings.from_environment(index_dir=store, **overrides)
+        return Settings.from_environment(index_dir=store, **overrides)
     except ValueError as error:
         raise UnreadableSetting(f"a setting cannot be read: {error}") from error
-    if settings.index_dir == Settings().index_dir and store is None:
-        return Settings.from_environment(index_dir=DEFAULT_STORE, **overrides)
-    return settings
 
 
 async def _run(work: Work, settings: Any, as_json: bool, makes_store: bool) -> Output | None:
@@ -114,13 +112,13 @@ async def _run(work: Work, settings: Any, as_json: bool, makes_store: bool) -> O
     runtime = Runtime(settings)
     try:
         if not makes_store:
-            _check_is_there(settings.index_dir)
+            check_is_there(settings.index_dir)
         return await work(Session(runtime, settings.index_dir, as_json))
     finally:
         runtime.close()
 
 
-def _check_is_there(url: str) -> None:
+def check_is_there(url: str) -> None:
     """A directory that is not there reads as an empty store; whoever names one that he did not mean should hear of it."""
     from pathlib import Path
     from urllib.parse import unquote, urlsplit

@@ -143,7 +143,7 @@ def verify(
 
         names = [index] if index is not None else list(await list_indices(session.runtime.store))
         reports = {}
-        with Reporter("segments") as report:
+        with Reporter("objects") as report:
             for name in names:
                 reports[name] = await verification.verify(session.runtime.reader, name, all_generations=all_generations, progress=report)
         lines = [

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.errors import NotFound
 from engine.index.reader import Snapshot
-from handler import wire
+from handler import tracing, wire
 from handler.problems import Problem, bad_request, index_not_declared, index_not_found
 from handler.routes.encoding import encode_documents
 from handler.routes.endpoint import Call, Endpoint, Reply
@@ -24,9 +24,9 @@ IDS_HEADER = "X-Tartan-Document-Ids"
 async def update(call: Call) -> Reply:
     """Add documents given as vectors to a declared index."""
     body: wire.UpdateRequest = call.body
-    snapshot = await _declared(call)
+    snapshot = await declared(call)
     matrices = await call.compute(lambda: wire.document_arrays(body.documents))
-    rows = _checked_rows(body.metadata, body.ids, len(matrices))
+    rows = checked_rows(body.metadata, body.ids, len(matrices))
     snapshot = await _fitting(call, snapshot, matrices)
     tokens, offsets = await call.compute(lambda: wire.joined(matrices))
     return await _add(call, snapshot, tokens, offsets, rows, body.ids)
@@ -35,8 +35,8 @@ async def update(call: Call) -> Reply:
 async def update_texts(call: Call) -> Reply:
     """Add documents given as texts; they are encoded before anything is written."""
     body: wire.UpdateTextsRequest = call.body
-    snapshot = await _declared(call)
-    rows = _checked_rows(body.metadata, body.ids, len(body.documents))
+    snapshot = await declared(call)
+    rows = checked_rows(body.metadata, body.ids, len(body.documents))
     tokens, offsets = await encode_documents(call, body.documents, body.pool_factor)
     return await _add(call, snapshot, tokens, offsets, rows, body.ids)
 
@@ -44,7 +44,7 @@ async def update_texts(call: Call) -> Reply:
 async def add_documents(call: Call) -> Reply:
     """The older way to add: the index must hold documents already."""
     body: wire.UpdateRequest = call.body
-    rows = _checked_rows(body.metadata, body.ids, len(body.documents))
+    rows = checked_rows(body.metadata, body.ids, len(body.documents))
     snapshot = await call.checked_snapshot(lambda found: found.dim is not None)
     if snapshot.dim is None:
         raise index_not_found(call.name)
@@ -56,7 +56,7 @@ async def add_documents(call: Call) -> Reply:
     return await _add(call, snapshot, tokens, offsets, rows, body.ids)
 
 
-async def _declared(call: Call) -> Snapshot:
+async def declared(call: Call) -> Snapshot:
     try:
         return await call.checked_snapshot(lambda found: True)
     except Problem as problem:
@@ -65,7 +65,7 @@ async def _declared(call: Call) -> Snapshot:
         raise
 
 
-def _checked_rows(metadata: Any, ids: Sequence[str] | None, n_documents: int) -> list[wire.Row] | None:
+def checked_rows(metadata: Any, ids: Sequence[str] | None, n_documents: int) -> list[wire.Row] | None:
     if not n_documents:
         raise bad_request("documents is empty")
     if ids is not None and len(ids) != n_documents:
@@ -88,7 +88,8 @@ async def _add(
     call: Call, snapshot: Snapshot, tokens: np.ndarray, offsets: np.ndarray, rows: list[wire.Row] | None, keys: Sequence[str] | None
 ) -> Reply:
     try:
-        added = await call.runtime.reader.writer(snapshot.index).add(tokens, offsets, fields=rows, keys=keys)
+        with tracing.stage("commit"):
+            added = await call.runtime.reader.writer(snapshot.index).add(tokens, offsets, fields=rows, keys=keys)
     except NotFound as error:
         if error.code == "index-not-found":
             raise index_not_declared(call.name) from error
@@ -117,7 +118,8 @@ async def delete_documents(call: Call) -> Reply:
     ids = await selected(snapshot, body.condition, body.parameters)
     if not len(ids):
         return Reply("No documents match the condition; nothing was deleted")
-    n_deleted = await call.runtime.reader.writer(snapshot.index).delete(ids)
+    with tracing.stage("commit"):
+        n_deleted = await call.runtime.reader.writer(snapshot.index).delete(ids)
     call.record.facts["documents"] = n_deleted
     _note_head(call, snapshot.index)
     if call.runtime.metrics is not None:

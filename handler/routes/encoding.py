@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import EngineError, Unavailable
 from engine.scoring.maxsim import maxsim
-from handler import wire
+from handler import tracing, wire
 from handler.problems import Problem, bad_request, model_not_loaded
 from handler.routes.endpoint import Call, Endpoint, Reply
 
@@ -32,10 +32,11 @@ async def _encode(call: Call, input_type: str, texts: Sequence[str], pool_factor
     call.record.facts["texts"] = call.record.facts.get("texts", 0) + len(texts)
     try:
         encoder = await call.runtime.encoder()
-        if input_type == "query":
-            tokens, offsets = await encoder.encode_queries(texts)
-        else:
-            tokens, offsets = await encoder.encode_documents(texts, pool_factor)
+        with tracing.stage("encode"):
+            if input_type == "query":
+                tokens, offsets = await encoder.encode_queries(texts)
+            else:
+                tokens, offsets = await encoder.encode_documents(texts, pool_factor)
     except (Unavailable, asyncio.CancelledError):
         raise
     except EngineError as error:

@@ -17,12 +17,13 @@ from litestar.response import Stream
 
 from engine.config import INDEX_NAME
 from engine.errors import EngineError, NotFound
-from engine.index.plan import backlog_tokens
 from engine.index.reader import Snapshot
 from engine.store.wrappers import Cost
+from handler import tracing
 from handler.auth import KeyRecord, Scope
 from handler.logs import RequestRecord
-from handler.problems import Problem, index_not_found, problem_of
+from handler.observed import store_usd
+from handler.problems import Problem, index_not_found, problem_of, read_only
 from handler.routes.limits import Limits
 from handler.runtime import Runtime
 from handler.wire import encode, read_body
@@ -31,6 +32,8 @@ T = TypeVar("T")
 JSON = "application/json"
 DELETE_BODY_BYTES = 2 << 20
 """NextPlaid's limit on bodies of DELETE."""
+ANSWER_HEADER = "x-tartan-answer"
+"""Asks for an answer by way of the store (uploads.py)."""
 STALE_S = 3600.0
 """How old a generation a write may be checked against first; what fails against an old one is checked again against CURRENT."""
 INLINE_BYTES = 64 << 10
@@ -77,7 +80,8 @@ class Call:
 
     async def snapshot(self, *, max_age_s: float = 0.0, generation: int | None = None) -> Snapshot:
         """The index (or alias) of the path. Problem INDEX_NOT_FOUND with the name as it was asked for."""
-        snapshot = await open_snapshot(self.runtime, self.name, max_age_s=max_age_s, generation=generation)
+        with tracing.stage("open"):
+            snapshot = await open_snapshot(self.runtime, self.name, max_age_s=max_age_s, generation=generation)
         if snapshot.index != self.name:
             self.runtime.gate.admit_index(self.caller, snapshot.index)
         self.saw(snapshot)
@@ -99,16 +103,7 @@ class Call:
     def saw(self, snapshot: Snapshot) -> None:
         """Remember a generation for the log and the metrics."""
         self.record.index, self.record.generation = snapshot.index, snapshot.manifest.generation
-        metrics = self.runtime.metrics
-        if metrics is not None and metrics.is_news(snapshot.index, snapshot.manifest.generation):
-            metrics.saw_index(
-                snapshot.index,
-                documents=snapshot.n_documents,
-                generation=snapshot.manifest.generation,
-                segments=len(snapshot.segments),
-                tombstones=sum(segment.tombstones.n_deleted for segment in snapshot.segments if segment.tombstones is not None),
-                flat_tokens=backlog_tokens(snapshot.manifest),
-            )
+        self.record.news = self.runtime.saw(snapshot.index, snapshot.manifest) or self.record.news
 
 
 async def open_snapshot(runtime: Runtime, name: str, *, max_age_s: float, generation: int | None) -> Snapshot:
@@ -174,6 +169,11 @@ class Endpoint:
     is_rate_limited: bool = False
     description: str = ""
 
+    @property
+    def is_change(self) -> bool:
+        """Whether it writes to the store. The self test asks for an admin's key only because it costs much."""
+        return self.scope in ("write", "admin") and self.group != "selftest"
+
 
 async def dispatch(endpoint: Endpoint, runtime: Runtime, limits: Limits, request: Request[Any, Any, Any]) -> Response[Any] | Stream:
     """Take one request through its endpoint, counted as active. Raises Problem, or what a programming mistake raises."""
@@ -193,6 +193,8 @@ async def _dispatch(endpoint: Endpoint, runtime: Runtime, limits: Limits, reques
         index = call.path.get("name")
         call.caller = runtime.gate.admit(headers, endpoint.scope, area=endpoint.area, index=index)
         record.key_id = call.caller.id if call.caller else None
+        if settings.read_only and endpoint.is_change:
+            raise read_only()
         if endpoint.is_rate_limited:
             limits.spend(_client(request, trusts_proxy=settings.trust_proxy))
         async with asyncio.timeout(settings.short_timeout_s if endpoint.timeout == "short" else settings.timeout_s):
@@ -225,10 +227,15 @@ async def _answer(endpoint: Endpoint, call: Call) -> Response[Any] | Stream:
     with call.runtime.counting.window() as call.cost:
         try:
             reply = await endpoint.handle(call)
+            if ANSWER_HEADER in call.headers:
+                from handler.routes.uploads import by_the_store
+
+                reply = await by_the_store(call, reply)
         finally:
             cost = call.cost
             if cost.n_requests:
                 call.record.facts |= {"rounds": cost.rounds, "requests": cost.n_requests, "bytes": cost.bytes_read}
+                call.record.usd = store_usd(cost.requests)
     status = reply.status or endpoint.status
     if isinstance(reply.content, AsyncIterator):
         return Stream(reply.content, status_code=status, headers=reply.headers, media_type=reply.media_type)

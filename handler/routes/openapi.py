@@ -20,7 +20,7 @@ _REASONS = {
     202: "Committed: durable, and seen by every search that starts later",
     400: "The request can never work",
     401: "No valid API key",
-    403: "The API key does not reach this",
+    403: "The API key does not reach this, or the server only reads",
     404: "Not there",
     405: "The path exists, the method does not",
     408: "The time limit passed",
@@ -46,6 +46,7 @@ _PARAMETERS = {
     "name": "name of the index, or an alias",
     "pin": "name of the pin",
     "alias": "name of the alias",
+    "upload": "id of an upload",
     "file": "file name",
 }
 _OPEN_AREAS = ("probe",)
@@ -70,7 +71,9 @@ def document() -> dict[str, Any]:
             "title": "Tartan",
             "version": release(),
             "description": "Multi-vector (late-interaction) search on object storage, with NextPlaid's HTTP API. "
-            "Every error body is {code, message}; statuses 200 and 202 are the only successes.",
+            "Every error body is {code, message}; statuses 200 and 202 are the only successes. "
+            "A request about an index with the header X-Tartan-Answer: download (or auto: only if it is large) gets its answer by way of the store, "
+            "as {download_url, size_bytes, content_type, expires_at}; S3 only.",
             "license": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "./.."}],
@@ -180,6 +183,8 @@ def error_codes(endpoint: Endpoint) -> list[str]:
     codes = ["TIMEOUT", "INTERNAL_ERROR", "SERVICE_UNAVAILABLE", *endpoint.errors]
     if endpoint.area not in _OPEN_AREAS:
         codes += ["UNAUTHORIZED", "FORBIDDEN"]
+    if endpoint.is_change:
+        codes.append("READ_ONLY")
     if endpoint.group is not None:
         codes += ["CORRUPT_DATA", "UNSUPPORTED_FORMAT"]
     if endpoint.body is not None:

@@ -6,29 +6,34 @@ The order of the checks is API.md's (11, a to g), so that a client that expects 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from engine.errors import InvalidRequest
+from engine.config import SearchParams
+from engine.errors import InvalidRequest, LimitExceeded
 from engine.index.reader import Snapshot
 from engine.index.snapshots import generation_at_time
 from engine.scoring.fusion import fuse
-from engine.searcher import Answer, SearchStats
-from handler import wire
+from engine.searcher import Answer, Mode, SearchStats
+from handler import tracing, wire
 from handler.problems import Problem, bad_request, index_not_found, metadata_not_found
 from handler.routes.encoding import encode_queries
 from handler.routes.endpoint import Call, Endpoint, Reply
 
+if TYPE_CHECKING:
+    from engine.fanout import FanOut
+
+_FILTER = "invalid filter condition: "
 FUSIONS = ("relative_score", "rrf")
 DEFAULT_ALPHA = 0.75
 HYBRID_OVERFETCH = 3
 """Each side of a hybrid search gives this many times top_k (NextPlaid's)."""
-USD_PER_GET = 0.4e-6
-"""S3 standard, list price of a GET; transfer within a region is free."""
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ class _Query:
     alpha: float | None
     fusion: str | None
     options: wire._Extensions
+    leaves_condition_to_shards: bool = False
 
     @property
     def is_hybrid(self) -> bool:
@@ -111,13 +117,48 @@ async def search_texts(call: Call) -> Reply:
 
 async def _search(call: Call, query: _Query) -> Reply:
     _check_shape(call, query)
-    snapshot = await _snapshot(call, query)
+    presumed = _presumed(call, query)
+    if presumed is None:
+        return await _search_in(call, query, await _snapshot(call, query))
+    early = asyncio.ensure_future(_search_in(call, query, presumed))
+    try:
+        snapshot = await _snapshot(call, query)
+        if snapshot is not None and _is_same(snapshot, presumed):
+            return await early
+        return await _search_in(call, query, snapshot)
+    finally:
+        early.cancel()
+        await asyncio.gather(early, return_exceptions=True)
+
+
+def _presumed(call: Call, query: _Query) -> Snapshot | None:
+    """The generation to begin with while the store is asked which one is in force: one round less where nothing has changed, which is
+    the usual case. None where an old answer would do anyway, or where the work is too dear to be done twice."""
+    options = query.options
+    if not call.runtime.settings.presume or options.as_of is not None or options.consistency != "strong":
+        return None
+    head = call.runtime.reader.presumed_head(call.name)
+    if head is None:
+        return None
+    snapshot = Snapshot(call.runtime.reader, call.name, head.manifest)
+    return snapshot if _fan_out(call, snapshot) is None else None
+
+
+def _is_same(one: Snapshot, other: Snapshot) -> bool:
+    return (one.manifest.index_id, one.manifest.generation) == (other.manifest.index_id, other.manifest.generation)
+
+
+async def _search_in(call: Call, query: _Query, snapshot: Snapshot | None) -> Reply:
     is_filled = snapshot is not None and snapshot.dim is not None
     subset: np.ndarray | None = None
     if query.condition is not None:
         if snapshot is None or not is_filled:
             raise metadata_not_found(call.name)
-        subset = await selected(snapshot, query.condition, query.parameters, prefix="invalid filter condition: ")
+        query.leaves_condition_to_shards = not query.texts and _fan_out(call, snapshot) is not None
+        if query.leaves_condition_to_shards:
+            _check_condition(snapshot, query.condition, query.parameters)
+        else:
+            subset = await _selected(snapshot, query)
     elif query.subset is not None:
         subset = wire.subset_ids(query.subset)
     vectors = await call.compute(query.vectors)
@@ -174,8 +215,28 @@ async def _generation(call: Call, as_of: int | str | None) -> int | None:
 async def selected(snapshot: Snapshot, condition: str, parameters: Sequence[Any], *, prefix: str = "") -> np.ndarray:
     """Ids that meet a condition, int64 ascending. In an index without columns only conditions on `_subset_` mean anything;
     for any other there is no metadata to look at: Problem METADATA_NOT_FOUND."""
-    try:
+    with _condition_refused(snapshot, prefix), tracing.stage("filter"):
         return await snapshot.select(condition, parameters)
+
+
+async def _selected(snapshot: Snapshot, query: _Query) -> np.ndarray:
+    assert query.condition is not None
+    return await selected(snapshot, query.condition, query.parameters, prefix=_FILTER)
+
+
+def _check_condition(snapshot: Snapshot, condition: str, parameters: Sequence[Any]) -> None:
+    """Refuse what `selected` would refuse, without looking at a document: the shards will."""
+    from engine.index.build import column_pairs
+    from engine.metadata.condition import parse
+
+    with _condition_refused(snapshot, _FILTER):
+        parse(condition, list(parameters), column_pairs(snapshot.columns))
+
+
+@contextmanager
+def _condition_refused(snapshot: Snapshot, prefix: str) -> Iterator[None]:
+    try:
+        yield
     except InvalidRequest as error:
         if not snapshot.has_metadata:
             raise metadata_not_found(snapshot.index) from error
@@ -195,9 +256,8 @@ async def _run(call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.n
         results = [await _from_ids(call, snapshot, query, i, ids, scores) for i, (ids, scores) in enumerate(found)]
     metrics = call.runtime.metrics
     if metrics is not None:
-        work = {name: count for name, count in call.record.facts.items() if name not in ("queries", "cold_segments")}
-        work |= {"rounds": call.cost.rounds, "requests": call.cost.n_requests, "bytes": call.cost.bytes_read}
-        metrics.searched(snapshot.index, kind, len(results), call.record.stages_ms, work, call.record.facts.get("cold_segments", 0))
+        cost = {"rounds": call.cost.rounds, "requests": call.cost.n_requests, "bytes": call.cost.bytes_read}
+        metrics.searched(snapshot.index, kind, len(results), call.record.stages_ms, call.record.facts | cost)
     return _reply(results)
 
 
@@ -205,9 +265,44 @@ async def _semantic(
     call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.ndarray], subset: np.ndarray | None
 ) -> list[wire.QueryResult]:
     params = wire.search_params(query.params, snapshot.n_documents)
-    answers = await call.runtime.searcher.search(snapshot, vectors, params, subset=subset, explain=query.options.explain)
+    answers = await _answers(call, snapshot, query, vectors, params, subset)
     _note(call, answers)
+    if (sampler := call.runtime.recall_sampler) is not None:
+        sampler.offer(snapshot, vectors[0], params, subset, answers[0])
     return [_result(call, snapshot, query, i, answer) for i, answer in enumerate(answers)]
+
+
+async def _answers(
+    call: Call,
+    snapshot: Snapshot,
+    query: _Query,
+    vectors: list[np.ndarray],
+    params: SearchParams,
+    subset: np.ndarray | None,
+    *,
+    with_rows: bool = True,
+) -> list[Answer]:
+    """The semantic side: by many processes where the index is so large, else, or if the query does not fit their messages, by this one."""
+    explain = query.options.explain
+    fan = _fan_out(call, snapshot)
+    if fan is not None:
+        condition = query.condition if query.leaves_condition_to_shards else None
+        options: dict[str, Any] = {"condition": condition, "parameters": query.parameters, "allow_partial": query.options.allow_partial}
+        try:
+            with tracing.stage("fan_out"):
+                return await fan.search(snapshot, vectors, params, subset=subset, with_rows=with_rows, explain=explain, **options)
+        except LimitExceeded as error:
+            call.runtime.log.info("searched by one process", index=snapshot.index, reason=str(error))
+        if query.leaves_condition_to_shards:
+            subset = await _selected(snapshot, query)
+    mode: Mode = "warm" if query.params.preset == "exact" else "auto"
+    with tracing.stage("search"):
+        return await call.runtime.searcher.search(snapshot, vectors, params, subset=subset, with_rows=with_rows, explain=explain, mode=mode)
+
+
+def _fan_out(call: Call, snapshot: Snapshot) -> FanOut | None:
+    fan = call.runtime.fan_out(call.headers)
+    return fan if fan is not None and fan.wants(snapshot) else None
 
 
 def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer: Answer) -> wire.QueryResult:
@@ -217,6 +312,12 @@ def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer
         result.ids = list(answer.keys)
     if query.options.explain:
         result.explain = _explanation(call, snapshot, answer.stats, list(answer.matches or []))
+    return _with_failed(result, answer)
+
+
+def _with_failed(result: wire.QueryResult, answer: Answer) -> wire.QueryResult:
+    if answer.failed:
+        result.failed_shards = [wire.FailedShard(**shard) for shard in answer.failed]
     return result
 
 
@@ -231,21 +332,39 @@ def _explanation(call: Call, snapshot: Snapshot, stats: SearchStats, matches: li
         requests=call.cost.n_requests,
         bytes=call.cost.bytes_read,
         cold=stats.n_cold_segments > 0,
-        estimated_usd=call.cost.n_requests * USD_PER_GET,
+        estimated_usd=_dollars(call, stats),
     )
     return wire.Explanation(snapshot.manifest.generation, cost, matches)
+
+
+def _dollars(call: Call, stats: SearchStats) -> float:
+    """What the request has cost so far: its requests of the store, and in a function the time since the search began."""
+    from engine.cost import Usage, prices_near  # only explanations want it
+
+    settings, asked = call.runtime.settings, call.cost.requests
+    seconds = stats.times_ms.get("total", 0.0) / 1000 if settings.function_mb else 0.0
+    usage = Usage(
+        n_gets=asked.total() - asked["list"],
+        n_lists=asked["list"],
+        seconds=seconds,
+        memory_mb=settings.function_mb,
+        invocations=1 if settings.function_mb else 0,
+    )
+    return usage.usd(prices_near(settings.region), "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64")
 
 
 async def _keyword(snapshot: Snapshot, texts: Sequence[str], k: int, subset: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
     """The keyword side. An index without columns has no text to search: no hits."""
     if not snapshot.has_metadata:
         return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(texts)
-    return await snapshot.keyword(texts, k, subset)
+    with tracing.stage("keyword"):
+        return await snapshot.keyword(texts, k, subset)
 
 
 async def _from_ids(call: Call, snapshot: Snapshot, query: _Query, query_id: int, ids: np.ndarray, scores: np.ndarray) -> wire.QueryResult:
     """A result whose rows are still to be read."""
-    rows: list[wire.Row | None] = await snapshot.rows(ids) if snapshot.has_metadata else [None] * len(ids)
+    with tracing.stage("rows"):
+        rows: list[wire.Row | None] = await snapshot.rows(ids) if snapshot.has_metadata else [None] * len(ids)
     result = wire.QueryResult(query_id, ids.tolist(), scores.tolist(), rows)
     if query.options.with_ids:
         result.ids = await _keys(snapshot, ids)
@@ -274,7 +393,7 @@ async def _hybrid(call: Call, snapshot: Snapshot, query: _Query, vectors: np.nda
     wide = msgspec.structs.replace(query.params, top_k=HYBRID_OVERFETCH * top_k)
     params = wire.search_params(wide, snapshot.n_documents)
     semantic, keyword = await asyncio.gather(
-        call.runtime.searcher.search(snapshot, [vectors], params, subset=subset, explain=query.options.explain, with_rows=False),
+        _answers(call, snapshot, query, [vectors], params, subset, with_rows=False),
         _keyword(snapshot, query.texts, HYBRID_OVERFETCH * top_k, subset),
     )
     _note(call, semantic)
@@ -286,18 +405,21 @@ async def _hybrid(call: Call, snapshot: Snapshot, query: _Query, vectors: np.nda
     if query.options.explain:
         known = dict(zip(answer.ids.tolist(), answer.matches or [], strict=False))
         result.explain = _explanation(call, snapshot, answer.stats, [known.get(document_id) for document_id in ids.tolist()])
-    return result
+    return _with_failed(result, answer)
 
 
 def _note(call: Call, answers: Sequence[Answer]) -> None:
     """What the queries cost, for the log and the metrics."""
-    facts, stages = call.record.facts, call.record.stages_ms
+    facts, stages, trace = call.record.facts, call.record.stages_ms, call.record.trace
     for answer in answers:
         stats = answer.stats
         for stage, ms in stats.times_ms.items():
             stages[stage] = stages.get(stage, 0.0) + ms
         counts = {"candidates": stats.n_candidates, "reranked": stats.n_reranked, "tokens": stats.n_tokens_scored}
         counts["cold_segments"] = stats.n_cold_segments
+        if trace is not None and trace.spans is not None:
+            for stage, began_s, ended_s in answer.intervals:
+                trace.add(tracing.Span(stage, began_s, ended_s))
         for name, count in counts.items():
             facts[name] = facts.get(name, 0) + count
 

@@ -105,7 +105,7 @@ _HEALTH = {
     "status": "healthy",
     "version": "0.1.0",
     "loaded_indices": 1,
-    "index_dir": "./indices",
+    "index_dir": "./data/indices",
     "memory_usage_bytes": 1048576,
     "indices": [
         {

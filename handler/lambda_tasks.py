@@ -1,0 +1,361 @@
+"""Lambda handlers of the state machines and of the maintenance schedule: an event in, one engine call, an event out.
+
+    shard       one shard of a search: rank or score (infra/search.asl.json)
+    coordinate  plan, decide, merge of a search that did not come through the API
+    build       prepare, one input, finish of a bulk build (infra/build.asl.json)
+    maintain    compaction and garbage collection, on a schedule or for one index
+
+What a process keeps (settings, caches, snapshots) outlives the invocation. A failure leaves as an exception whose class is the kind (engine/errors.py; the
+machines' Retry and Catch go by it) and whose text is short, with the code in front: a state has little room, so the traceback goes to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine import fanout
+from engine.config import SearchParams
+from engine.errors import EngineError, InvalidRequest, LimitExceeded
+from engine.fanout import Plan, Ranked, Step
+from handler.runtime import Runtime, Settings
+
+Event = dict[str, Any]
+MIN_SHARE_S = 1.0
+"""A share goes on until half of the invocation's time is over, so that the segment begun last has the other half."""
+MAINTENANCE_SHARE = 0.6
+DEFAULT_REMAINING_S = 900.0
+
+
+class SearchAsked(msgspec.Struct, forbid_unknown_fields=True):
+    """A search that comes straight to the state machine."""
+
+    index: str
+    query: list[list[float]]
+    params: SearchParams = SearchParams()
+    subset: list[int] | None = None
+    condition: str | None = None
+    parameters: list[Any] = []
+    generation: int | None = None
+    mode: fanout.Mode = "cold"
+    allow_partial: bool = False
+    with_rows: bool = True
+
+
+class BuildAsked(msgspec.Struct, forbid_unknown_fields=True):
+    """A bulk build. inputs: s3://bucket/prefix (or a directory). nbits and tokenizer: of an index that is not there yet. columns: name -> INTEGER, REAL or TEXT."""
+
+    index: str
+    inputs: str
+    nbits: int | None = None
+    tokenizer: str | None = None
+    model: str = ""
+    pool_factor: int | None = None
+    without: list[str] = []
+    columns: dict[str, str] = {}
+    segment_documents: int | None = None
+    segment_bytes: int | None = None
+
+
+class BuildPlan(msgspec.Struct, forbid_unknown_fields=True):
+    """What a build consists of, as its first record keeps it. The same plan is the same build."""
+
+    asked: BuildAsked
+    inputs: list[Any]
+
+
+class Tasks:
+    """The tasks of one process."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    # Search
+
+    async def shard(self, event: Event) -> Event:
+        done: Event = fanout.plain(await fanout.take(self.runtime.searcher, fanout.read(event, Step)))
+        return done
+
+    async def coordinate(self, event: Event) -> Event:
+        steps = {"plan": self._plan, "decide": self._decide, "merge": self._merge}
+        return await _chosen(steps, event)
+
+    async def _plan(self, event: Event) -> Event:
+        from handler.fanout import StateMachine
+
+        asked: SearchAsked = fanout.read(event["request"], SearchAsked)
+        snapshot = await self.runtime.reader.snapshot(asked.index, generation=asked.generation)
+        machine = StateMachine("", self.runtime.settings.fanout_shard_bytes)
+        machine.mode = asked.mode
+        query = np.array(asked.query, np.float32)
+        if query.ndim != 2:
+            raise InvalidRequest("a query is a list of token vectors of one length", found=list(query.shape))
+        params = msgspec.structs.replace(asked.params, k=min(asked.params.k, snapshot.n_documents))
+        plan = fanout.make_plan(
+            snapshot,
+            query,
+            params,
+            machine,
+            subset=None if asked.subset is None else np.array(asked.subset, np.int64),
+            condition=asked.condition,
+            parameters=asked.parameters,
+            allow_partial=asked.allow_partial,
+        )
+        return {"plan": fanout.plain(plan), "answer": {"with_rows": asked.with_rows}}
+
+    async def _decide(self, event: Event) -> Event:
+        from handler.fanout import read_failed
+
+        plan: Plan = fanout.read(event["plan"], Plan)
+        failed = [read_failed(item) for item in event["rankings"] if "error" in item]
+        if failed and not plan.job.allow_partial:
+            raise failed[0].as_error()
+        ranked = [fanout.read(item, Ranked) for item in event["rankings"] if "error" not in item]
+        bars: Event = fanout.plain(fanout.bars_of(plan.job, ranked))
+        return bars
+
+    async def _merge(self, event: Event) -> Event:
+        from handler.fanout import read_outcomes
+
+        plan: Plan = fanout.read(event["plan"], Plan)
+        with_rows = bool(event["answer"].get("with_rows", True))
+        snapshot = await fanout.open_pinned(self.runtime.reader, plan.job)
+        answer = await fanout.merged(self.runtime.searcher, snapshot, plan, read_outcomes(event["results"]), with_rows=with_rows)
+        found: Event = fanout.plain(
+            {
+                "index": plan.job.index,
+                "generation": plan.job.generation,
+                "document_ids": answer.ids.tolist(),
+                "scores": answer.scores.tolist(),
+                "ids": answer.keys,
+                "metadata": answer.rows,
+                "failed_shards": answer.failed,
+                "stats": answer.stats,
+            }
+        )
+        size_bytes = len(fanout.encode(found))
+        if size_bytes > fanout.STATE_BYTES:
+            facts: Event = {"found_bytes": size_bytes, "limit_bytes": fanout.STATE_BYTES}
+            raise LimitExceeded("the rows of the hits do not fit into the answer: ask for fewer hits, or with_rows false", **facts)
+        return found
+
+    # Building
+
+    async def build(self, event: Event, remaining_s: float = DEFAULT_REMAINING_S) -> Event:
+        async def one_input(event: Event) -> Event:
+            return await self._input(event, remaining_s)
+
+        return await _chosen({"prepare": self._prepare, "input": one_input, "finish": self._finish}, event)
+
+    async def _prepare(self, event: Event) -> Event:
+        from engine.format.manifest import Column
+        from engine.index import joint
+        from engine.transfer import inputs
+        from engine.transfer.content import Background
+
+        asked: BuildAsked = fanout.read(event["request"], BuildAsked)
+        if set(asked.columns.values()) - {"INTEGER", "REAL", "TEXT"}:
+            raise InvalidRequest("a column is INTEGER, REAL or TEXT", found=sorted(set(asked.columns.values())))
+        await self._make_index(asked)
+        found = await inputs.inputs_under(self._store_of(asked))
+        plan = msgspec.json.encode(BuildPlan(asked, msgspec.to_builtins(found))).decode()
+        answer = {"index": asked.index, "n_inputs": len(found), "numbers": list(range(len(found)))}
+        head = await self.runtime.reader.head(asked.index)
+        build = joint.build_id(asked.index, head.manifest.index_id, plan)
+        if await self._is_prepared(asked.index, build):
+            return {**answer, "build": build}
+        columns = [Column(name=name, type=kind) for name, kind in asked.columns.items()]
+        with Background() as background:
+            opened = inputs.sampled_of(found)
+            sources = [await self._opened(asked, one, background) for one in opened]
+            sampled = inputs.Sampled(sources, opened, found)
+            rows = await asyncio.to_thread(sampled.rows)
+            options: Event = {"columns": columns, "rows": rows, "params": self._params(asked), "n_threads": self._n_threads}
+            prepared = await joint.prepare(self.runtime.reader, asked.index, plan, sampled, **options)
+        return {**answer, "build": prepared.build}
+
+    async def _is_prepared(self, index: str, build: str) -> bool:
+        from engine.errors import NotFound
+        from engine.index import joint
+
+        try:
+            await joint.prepared(self.runtime.reader, index, build)
+        except NotFound:
+            return False
+        return True
+
+    async def _make_index(self, asked: BuildAsked) -> None:
+        from engine.config import IndexConfig, check_index_name
+        from engine.errors import Conflict
+        from engine.index.commit import create
+
+        check_index_name(asked.index)
+        chosen = {"nbits": asked.nbits, "fts_tokenizer": asked.tokenizer}
+        config = IndexConfig(**{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+        try:
+            await create(self.runtime.store, asked.index, config)
+        except Conflict:
+            there = (await self.runtime.reader.head(asked.index)).manifest.config
+            if any(value is not None and value != getattr(there, name) for name, value in chosen.items()):
+                raise InvalidRequest("the index is there with other settings", index=asked.index, expected=chosen, found=there) from None
+
+    async def _input(self, event: Event, remaining_s: float) -> Event:
+        from engine.errors import NotFound
+        from engine.index import joint
+        from engine.transfer import inputs
+        from engine.transfer.content import Background
+
+        index, build, number = event["index"], event["build"], int(event["number"])
+        try:
+            prepared = await joint.prepared(self.runtime.reader, index, build)
+            plan = msgspec.json.decode(prepared.plan, type=BuildPlan)
+            with Background() as background:
+                source = await self._opened(plan.asked, fanout.read(plan.inputs[number], inputs.Input), background)
+                stop_s = time.monotonic() + max(MIN_SHARE_S, remaining_s / 2)
+                options: Event = {"params": self._params(plan.asked), "n_threads": self._n_threads, "stop_s": stop_s}
+                report = await joint.build_share(self.runtime.reader, index, build, number, source, **options)
+        except NotFound as error:
+            if await self._is_prepared(index, build):
+                raise
+            self.runtime.log.info("nothing to build", index=index, build=build, number=number, reason=str(error))
+            report = joint.ShareReport(number, is_done=True, is_over=True)
+        return {"number": number, "is_done": report.is_done, "n_documents": report.n_documents, "n_segments": report.n_segments}
+
+    async def _finish(self, event: Event) -> Event:
+        from engine.index import joint
+
+        report = await joint.finish(self.runtime.reader, event["index"], event["build"], int(event["n_inputs"]))
+        return {"index": event["index"], "build": event["build"], **fanout.plain(report)}
+
+    @property
+    def _n_threads(self) -> int:
+        from handler.runtime import n_cores
+
+        return self.runtime.settings.search_threads or n_cores()
+
+    def _store_of(self, asked: BuildAsked) -> Any:
+        from handler.runtime import open_at
+
+        return open_at(asked.inputs, self.runtime.settings)
+
+    async def _opened(self, asked: BuildAsked, one: Any, background: Any) -> Any:
+        """The source that an input is; texts with their encoder. Reads the input once, on a thread."""
+        from engine.transfer import inputs
+        from engine.transfer.content import ObjectContent
+        from handler.texts import document_encoder
+
+        store = self._store_of(asked)
+        await inputs.check_unchanged(store, one)
+        encode, encoder = None, ""
+        if one.name.endswith(".jsonl"):
+            settings = self.runtime.settings
+            settings = msgspec.structs.replace(settings, model=asked.model) if asked.model else settings
+            encode, encoder = await document_encoder(settings, background, asked.pool_factor)
+
+        def content(name: str) -> ObjectContent:
+            return ObjectContent(store, name, background, label=f"{asked.inputs.rstrip('/')}/{name}")
+
+        return await asyncio.to_thread(inputs.open_input, one, content, encode, encoder=encoder, without=asked.without)
+
+    def _params(self, asked: BuildAsked) -> Any:
+        from engine.config import MaintenanceParams
+
+        params = MaintenanceParams()
+        return msgspec.structs.replace(
+            params,
+            max_segment_documents=min(asked.segment_documents or params.max_segment_documents, params.max_segment_documents),
+            max_segment_bytes=min(asked.segment_bytes or params.max_segment_bytes, params.max_segment_bytes),
+        )
+
+    # Maintenance
+
+    async def maintain(self, event: Event, remaining_s: float = DEFAULT_REMAINING_S) -> Event:
+        """Compact and sweep one index ({"index": name}) or all, step by step while there is time: what is left, the next run does."""
+        from engine.index.compact import compact
+        from engine.index.indices import list_indices
+        from engine.index.plan import next_step
+        from engine.index.sweep import sweep
+
+        stop_s = time.monotonic() + remaining_s * MAINTENANCE_SHARE
+        runtime, reader, done = self.runtime, self.runtime.reader, {}
+        wanted = [event["index"]] if "index" in event else sorted(await list_indices(runtime.store))
+        for name in wanted:
+            steps: dict[str, int] = {}
+            while time.monotonic() < stop_s and next_step((await reader.head(name)).manifest, runtime.maintenance) is not None:
+                report = await compact(reader, name, params=runtime.maintenance, max_steps=1, n_threads=self._n_threads)
+                for kind, n in report.steps.items():
+                    steps[kind] = steps.get(kind, 0) + n
+                if not report.steps:
+                    break
+            n_deleted = 0
+            if event.get("sweep", True) and time.monotonic() < stop_s:
+                n_deleted = (await sweep(runtime.store, name, params=runtime.maintenance)).n_deleted
+            done[name] = {"steps": steps, "deleted_objects": n_deleted}
+        return {"indices": done}
+
+
+async def _chosen(steps: Mapping[str, Callable[[Event], Awaitable[Event]]], event: Event) -> Event:
+    step = steps.get(str(event.get("do")))
+    if step is None:
+        raise InvalidRequest("no such task", expected=sorted(steps), found=str(event.get("do"))[:40])
+    try:
+        return await step(event)
+    except KeyError as error:
+        raise InvalidRequest("the event lacks a key", key=str(error)) from error
+
+
+class _Process:
+    """What the handlers of one Lambda process share, made by the first invocation."""
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        return Tasks(Runtime(Settings.for_lambda()))
+
+    @cached_property
+    def runner(self) -> asyncio.Runner:
+        return asyncio.Runner()
+
+    def run(self, work: Coroutine[Any, Any, Event]) -> Event:
+        """Wait for a task; let its failure go in a form that a state machine can carry."""
+        try:
+            return self.runner.run(work)
+        except Exception as error:
+            self.tasks.runtime.log.error("task failed", exc_info=error, code=getattr(error, "code", "internal"))
+            short = portable(error)
+        raise short
+
+    def remaining_s(self, context: Any) -> float:
+        left_ms = getattr(context, "get_remaining_time_in_millis", None)
+        return DEFAULT_REMAINING_S if left_ms is None else left_ms() / 1000
+
+
+def portable(error: BaseException) -> Exception:
+    """The same failure with a short text and nothing behind it."""
+    if isinstance(error, EngineError):
+        return type(error)(fanout.told(error))
+    return RuntimeError(f"{type(error).__name__}: {error}"[: fanout.MAX_CAUSE])
+
+
+_process = _Process()
+
+
+def shard(event: Event, context: Any = None) -> Event:
+    return _process.run(_process.tasks.shard(event))
+
+
+def coordinate(event: Event, context: Any = None) -> Event:
+    return _process.run(_process.tasks.coordinate(event))
+
+
+def build(event: Event, context: Any = None) -> Event:
+    return _process.run(_process.tasks.build(event, _process.remaining_s(context)))
+
+
+def maintain(event: Event, context: Any = None) -> Event:
+    return _process.run(_process.tasks.maintain(event, _process.remaining_s(context)))
