@@ -3,6 +3,7 @@
 #   PYTHON   interpreter to build .venv with, 3.11 or newer      make run PYTHON=python3.13
 #   PORT     where `make run` serves                             make run PORT=9000
 #   ARGS     more arguments for pytest or the benchmarks         make test ARGS="-k search"
+#   SEED     of `make simulate`, `crash`, `linear`; STEPS, SECONDS: for how long                make crash SECONDS=300
 #   VECTORS  folder of a collection for `make bench`             make bench VECTORS=data/scifact
 
 PYTHON ?= python3
@@ -21,10 +22,10 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --pyth
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test torture types fmt lint check layers bench golden clean
+.PHONY: help run test torture simulate crash linear monitoring types fmt lint check layers bench golden clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .stamp-run ## set up, index the bundled demo collection, and serve it on 127.0.0.1:8080
 	@$(BIN)/tartan info demo --store $(STORE) --json 2>/dev/null | grep -q '"documents":[1-9]' \
@@ -37,6 +38,22 @@ test: .stamp-dev ## set up and run the tests
 
 torture: .stamp-dev ## run the long tests too
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+SEED ?= 1
+STEPS ?= 200000
+SECONDS ?= 120
+simulate: .stamp-dev ## the engine on a simulated S3 with faults: make simulate SEED=7 STEPS=1000000 [ARGS=--mutations] (docs/simulation.md)
+	$(BIN)/python -m tests.simulation --seed $(SEED) --steps $(STEPS) $(ARGS)
+
+crash: .stamp-dev ## kill real processes over a directory and an S3 server: make crash SECONDS=300 [SEED=7]
+	PYTHONPATH=.:tests $(BIN)/python -m crash --store directory --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+	PYTHONPATH=.:tests $(BIN)/python -m crash --store s3 --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+linear: .stamp-dev ## record histories through three servers, which are killed now and then, and check that they are linearizable: make linear SECONDS=60
+	PYTHONPATH=.:tests $(BIN)/python -m linearizability --seconds $(SECONDS) --kill-every-s 3 --seed $(SEED) $(ARGS)
+
+monitoring: .stamp-dev ## provoke every alarm against a real Prometheus and ask every panel of the dashboard (needs prometheus, promtool)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_monitoring.py $(ARGS)
 
 types: .stamp-dev ## check the types
 	$(BIN)/mypy
@@ -63,6 +80,14 @@ golden: .stamp-dev ## write the bytes of a new format version; refuses to touch 
 clean: ## remove everything that make made; indices in data/ stay
 	rm -rf $(VENV) .stamp-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include infra/lambda.mk
+include infra/container.mk
+
+.PHONY: lambda-local
+lambda-local: .stamp-dev $(SAM_VENV)/.stamp ## serve the Lambda function on this machine, in AWS's runtime emulator: make lambda-local PORT=3000 (docs/lambda.md)
+	@PATH="$(abspath $(SAM_VENV))/bin:$$PATH" TARTAN_INDEX_DIR="$${TARTAN_INDEX_DIR:-$(abspath $(STORE))}" \
+		$(BIN)/python -m infra.local.lambda_gateway --port $(PORT) $(ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
