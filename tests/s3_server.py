@@ -98,7 +98,7 @@ class S3Server:
             return self._apply(environ, start)
         if fault.action == "refuse":
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            return _answer(start, fault.status, fault.code)
+            return answer(start, fault.status, fault.code)
         if fault.action == "unconditional":
             environ = {key: value for key, value in environ.items() if key not in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")}
             return self._apply(environ, start)
@@ -109,7 +109,7 @@ class S3Server:
         if fault.action == "hang-up":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionError("hung up on purpose")
-        return _answer(start, "500 Internal Server Error", "InternalError")
+        return answer(start, "500 Internal Server Error", "InternalError")
 
     def _apply(self, environ: Environ, start: Callable[..., Any]) -> list[bytes]:
         if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
@@ -118,7 +118,7 @@ class S3Server:
             return list(self._app(environ, start))
 
 
-def _answer(start: Callable[..., Any], status: str, code: str) -> list[bytes]:
+def answer(start: Callable[..., Any], status: str, code: str) -> list[bytes]:
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
     start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
     return [body]

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ def free_port() -> int:
 
 
 class Served:
-    """A running server. `log` holds its output once it has ended."""
+    """A running server."""
 
     def __init__(self, environment: dict[str, str], **settings: Any) -> None:
         self.settings = Settings(**{"host": "127.0.0.1", "port": free_port(), "drain_s": 0.0, "compact": False, "fsync": False, **settings})
@@ -44,10 +45,20 @@ class Served:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TARTAN_"))}
         own = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.settings.to_environment(), **environment}
         command = [sys.executable, "-W", "error", "-c", _CODE]
+        self._output = tempfile.NamedTemporaryFile(prefix="tartan-test-server-", suffix=".log")  # noqa: SIM115  # lives as long as the server
         self.process = subprocess.Popen(
-            command, env={**inherited, **own}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env={**inherited, **own},
+            cwd=ROOT,
+            stdout=self._output,  # a file: into a pipe that nobody reads a server writes until it is full, and then stands still
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that tests can signal the whole group
         )
-        self.log = ""
+
+    @property
+    def log(self) -> str:
+        """What the server has written so far."""
+        return Path(self._output.name).read_text(errors="replace")
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -74,11 +85,10 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            self.log += self.process.communicate(timeout=timeout_s)[0] or ""
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
-        return self.process.returncode
 
 
 def s3_environment(server: S3Server) -> dict[str, str]:

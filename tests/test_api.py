@@ -197,6 +197,18 @@ async def test_bodies_must_be_json_of_the_right_shape_and_size(api: httpx.AsyncC
     )
 
 
+async def test_head_is_get_without_a_body_and_options_is_a_success(api: httpx.AsyncClient) -> None:
+    await filled(api)
+    for path, status in (("/health", 200), ("/indices/a", 200), ("/indices/none", 404), ("/nowhere", 404), ("/indices/a/export", 200)):
+        answer = await api.head(path)
+        assert (answer.status_code, answer.content) == (status, b""), path
+    described = await api.get("/indices/a", headers={"accept-encoding": "identity"})
+    assert (await api.head("/indices/a", headers={"accept-encoding": "identity"})).headers["content-length"] == str(len(described.content))
+    assert 'tartan_requests_total{endpoint="health",status="200"} 1.0' in (await api.get("/metrics")).text
+    answer = await api.options("/health")
+    assert (answer.status_code, answer.content, "GET" in answer.headers["allow"]) == (200, b"", True)
+
+
 async def test_any_origin_may_call_except_for_health(api: httpx.AsyncClient) -> None:
     assert (await api.get("/indices")).headers["access-control-allow-origin"] == "*"
     assert (await api.get("/indices/none")).headers["access-control-allow-origin"] == "*"

@@ -19,6 +19,8 @@ from engine.store.wrappers import CountingStore
 
 CORPUS = make_corpus(3000, dim=64, n_topics=60, n_queries=6, seed=11)
 MAX_CURRENT_BYTES = 80_000
+MAX_IMPORT_RATIO = 1.5
+ROOT = Path(__file__).resolve().parent.parent
 
 
 async def _quantised() -> CountingStore:
@@ -108,3 +110,26 @@ def test_importing_the_search_path_costs_little_more_than_numpy() -> None:
     alone = cpu_s("import numpy, msgspec, asyncio")
     ours = cpu_s("import engine.searcher, engine.store.objects")
     assert ours < 2.0 * alone
+
+
+def test_importing_the_function_costs_little_more_than_numpy_and_litestar() -> None:
+    """CPU seconds with modules compiled, the best of three taken in turns, at the third try if others work hard; the application is made in it."""
+    from benchmarks.cold_start import measure_imports
+
+    ratios: list[float] = []
+    while not ratios or (ratios[-1] >= MAX_IMPORT_RATIO and len(ratios) < 3):
+        ratios.append(measure_imports(3)["ratio_cpu"])
+    assert min(ratios) < MAX_IMPORT_RATIO
+
+
+def test_the_function_imports_nothing_heavy_before_it_is_needed() -> None:
+    code = "import sys, handler.lambda_http; print(' '.join(sys.modules))"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+    heavy = {"boto3", "botocore", "aioboto3", "onnxruntime", "tokenizers", "sqlite3", "numexpr", "scipy", "structlog", "prometheus_client"}
+    assert not loaded & (heavy | {"pydantic", "granian", "huggingface_hub"})
+
+
+def test_the_settings_of_a_function_are_read_before_numpy_is_imported() -> None:
+    code = "import sys, handler.runtime, engine.store.objects; print(' '.join(sys.modules))"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+    assert not loaded & {"numpy", "litestar", "mangum"}

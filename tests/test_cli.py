@@ -21,6 +21,7 @@ from corpus import make_corpus
 from engine.config import SearchParams
 from engine.demo import documents as demo_documents
 from handler.cli import app, progress, query, session
+from handler.runtime import Settings
 from s3_server import REGION, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -360,7 +361,9 @@ def test_the_store_is_the_options_then_the_environments_then_the_default(monkeyp
     assert session.settings_of("elsewhere").index_dir == "elsewhere"
     assert session.settings_of(None).index_dir == os.environ["TARTAN_INDEX_DIR"]
     monkeypatch.delenv("TARTAN_INDEX_DIR")
-    assert session.settings_of(None).index_dir == session.DEFAULT_STORE
+    assert session.settings_of(None).index_dir == session.DEFAULT_STORE == Settings().index_dir
+    monkeypatch.setenv("TARTAN_INDEX_DIR", "./indices")
+    assert session.settings_of(None).index_dir == "./indices"
 
 
 def test_version_and_help() -> None:

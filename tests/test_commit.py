@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from corpus import make_corpus
-from engine.config import CommitParams, IndexConfig
+from engine.config import CommitParams, IndexConfig, MaintenanceParams
 from engine.errors import Conflict, EngineError, NotFound, Unavailable
 from engine.format import names
+from engine.index.bulk import Block, BulkBuild
 from engine.index.commit import Draft, commit, create, load_head
 from engine.index.compact import compact
 from engine.index.reader import Reader
@@ -253,3 +255,104 @@ async def test_a_caller_that_gives_up_does_not_take_the_commit_of_others_with_it
     first.cancel()
     assert len((await second).ids) == 2
     assert set((await second).ids.tolist()) <= set(await _live_ids(store))
+
+
+# Bulk builds: one call, however many runs it takes
+
+
+class _Books:
+    """Documents of the corpus as a source; each block of four becomes a segment."""
+
+    fingerprint, n_documents = "books", 12
+
+    @property
+    def n_tokens(self) -> int:
+        return int(CORPUS.offsets[12])
+
+    def sample(self, n_tokens: int) -> np.ndarray:
+        return CORPUS.tokens[:n_tokens]
+
+    def blocks(self, first_document: int) -> Iterator[Block]:
+        for first in range(first_document, 12, 4):
+            yield Block(*CORPUS.part(first, first + 4))
+
+
+SMALL = MaintenanceParams(max_segment_documents=4, grace_s=0.0)
+
+
+def _build(store: ObjectStore) -> BulkBuild:
+    return BulkBuild(Reader(store), "books", _Books(), params=SMALL)
+
+
+@pytest.mark.parametrize("step", ["_codec", "_build_segments", "_finish_segment", "_commit", "_is_committed"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+async def test_a_build_that_another_run_overtook_is_not_committed_twice(step: str, nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow run and the one that takes its work up meet at a record, at the commit, or in the history."""
+    store = open_store("memory://")
+    await create(store, "books", IndexConfig())
+    slow, original, n_calls = _build(store), getattr(BulkBuild, step), 0
+
+    async def overtaken(*arguments: object) -> object:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == nth:
+            await _build(store).run()
+        return await original(slow, *arguments)
+
+    monkeypatch.setattr(slow, step, overtaken)
+    try:
+        report = await slow.run()
+    except Conflict:
+        pass
+    else:
+        assert report.was_committed_before == (n_calls >= nth)
+    assert await _live_ids(store) == list(range(12))
+    assert (await verify(Reader(store), "books", all_generations=True)).problems == []
+
+
+async def test_a_build_that_died_after_its_commit_is_known_after_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its segments may have left the index long ago, and the generations that showed them been collected."""
+    store = open_store("memory://")
+    await create(store, "books", IndexConfig())
+    died = _build(store)
+
+    async def die() -> None:
+        raise WorldStopped
+
+    monkeypatch.setattr(died, "_tidy", die)
+    with pytest.raises(WorldStopped):
+        await died.run()
+    await Reader(store).writer("books").delete(np.arange(11))
+    await asyncio.sleep(0.002)
+    await compact(Reader(store), "books", force=True, params=SMALL)
+    for _ in range(2):
+        await asyncio.sleep(0.002)
+        await sweep(store, "books", params=SMALL)
+    assert (await _build(store).run()).was_committed_before
+    assert await _live_ids(store) == [11]
+    await asyncio.sleep(0.002)
+    assert (await sweep(store, "books", params=SMALL)).n_deleted > 0  # what showed the commit is needed no more
+
+
+async def test_a_build_that_died_while_it_removed_its_records_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://")
+    await create(store, "books", IndexConfig())
+    died = _build(store)
+    real_delete, n_deletes = died.store.delete, 0
+
+    async def delete(wanted: list[str]) -> None:
+        nonlocal n_deletes
+        n_deletes += 1
+        if n_deletes == 2:
+            raise WorldStopped
+        await real_delete(wanted)
+
+    monkeypatch.setattr(died.store, "delete", delete)
+    with pytest.raises(WorldStopped):
+        await died.run()
+    monkeypatch.undo()
+    assert (await _build(store).run()).was_committed_before
+    assert await _live_ids(store) == list(range(12))
+    report = await _build(store).run()
+    assert not report.was_committed_before  # given again after all that, it adds again
+    assert len(await _live_ids(store)) == 24

@@ -320,6 +320,26 @@ def test_hub_is_asked_only_for_the_needed_files(tmp_path: Path, monkeypatch: pyt
     assert (asked["name"], asked["revision"]) == ("owner/model", "v2")
 
 
+def test_the_hubs_own_code_finds_a_model_in_its_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub itself, offline, on a cache folder in its layout: what a machine has that downloaded the model before."""
+    pytest.importorskip("huggingface_hub", reason="the extra `encoder` is not installed")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    for name in folder.model_files(False):
+        (snapshot / name).touch()
+    refs = tmp_path / "models--owner--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(revision)
+    assert folder.load_from_hub("owner/model", cache_dir=tmp_path) == snapshot
+    assert folder.load_from_hub("owner/model", cache_dir=tmp_path, revision=revision) == snapshot
+    with pytest.raises(NotFound, match="switch int8 off"):
+        folder.load_from_hub("owner/model", cache_dir=tmp_path, int8=True)
+    with pytest.raises(Unavailable, match="not in the local cache"):
+        folder.load_from_hub("owner/model", cache_dir=tmp_path, revision="v2")
+
+
 def test_hub_failures_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("huggingface_hub", reason="the extra `encoder` is not installed")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

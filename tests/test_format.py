@@ -645,7 +645,9 @@ def test_object_names_are_what_format_md_says() -> None:
         names.branch("{index}", "{name}"),
         names.sweep("{index}", "{id}"),
         names.build("{index}", "{id}", 7).replace("00000007", "{part}"),
+        names.upload("{index}", "{id}", "data").replace("data", "{part}"),
         names.alias("{name}"),
+        names.record("{kind}", "{index}", "{id}"),
     ]
     table = FORMAT_MD.split("## Names of objects")[1].split("##")[0]
     assert spelt == re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)

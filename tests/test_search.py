@@ -25,7 +25,7 @@ from engine.store.objects import open_store
 CORPUS = make_corpus(400, dim=32)
 TOLERANCE = 1e-4
 K10 = SearchParams(k=10)
-READ_ALL = ColdParams(n_probe=10_000, n_rerank=10_000, max_windows=10_000, max_window_bytes=1 << 30, max_cell_bytes=1 << 30)
+READ_ALL = ColdParams(n_probe=10_000, n_rerank=10_000, max_gets=10_000, max_bytes=1 << 31, max_cell_bytes=1 << 30)
 
 
 async def indexed(store: ObjectStore, cuts: list[int], corpus: Corpus = CORPUS, name: str = "x", nbits: int = 4) -> Reader:

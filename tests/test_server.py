@@ -81,6 +81,17 @@ def test_sigterm_turns_health_first_finishes_what_is_in_flight_and_exits_with_ze
     assert (tmp_path / "late" / "CURRENT").exists()
 
 
+def test_a_sigterm_to_the_whole_group_drains_like_one_to_the_server_and_is_quiet(tmp_path: Path) -> None:
+    """Service managers and terminals signal every process of the group; the workers must not take it for themselves."""
+    with serving(index_dir=str(tmp_path), drain_s=0.8, workers=2) as server, unpooled(server.url) as client:
+        os.killpg(server.process.pid, signal.SIGTERM)
+        time.sleep(0.2)
+        assert client.get("/health").status_code == 503
+        assert client.get("/indices").status_code == 200
+        assert server.process.wait(20) == 0
+    assert [line for line in server.log.splitlines() if not line.startswith("{")] == []
+
+
 @pytest.mark.parametrize("kind", ["directory", "s3"])
 def test_two_servers_on_one_store_see_each_others_acknowledged_writes(kind: str, tmp_path: Path, s3: S3Server, s3_url: str) -> None:
     """The second server has two workers, so that its answers come from three processes in all."""

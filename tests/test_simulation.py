@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,17 +38,26 @@ def test_the_same_seed_gives_the_same_trace_in_other_processes() -> None:
     hashes = set()
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        command = [sys.executable, "-m", "tests.simulation", "--seed", "5", "--steps", "3000"]
+        command = [sys.executable, "-m", "tests.simulation", "--seed", "5", "--steps", "1500"]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         hashes.add(run.stdout)
     assert len(hashes) == 1
 
 
+def test_listings_that_lag_hurt_nothing_but_what_lists() -> None:
+    """S3's listings do not lag. If they did, documents would be safe: commits, reads, compaction, rollback and pins list nothing that matters to them."""
+    for seed in range(2):
+        settings = settings_of(seed, 0, 2_500)
+        lists = ("sweep", "collect", "drop", "remake", "part", "chain", "branch", "build", "resume")
+        outcome = run_episode(replace(settings, lag_s=60.0, weights={**settings.weights, **dict.fromkeys(lists, 0.0)}))
+        assert outcome.violation is None, f"{outcome.violation}; {outcome.settings}"
+
+
 @pytest.mark.parametrize("name", QUICKLY_CAUGHT)
 def test_a_planted_mistake_is_caught(name: str) -> None:
     [mutation] = [mutation for mutation in MUTATIONS if mutation.name == name]
-    assert try_mutation(mutation, 6_000, 1).caught
+    assert try_mutation(mutation, 4_000, 1).caught
 
 
 def test_every_planted_mistake_still_finds_the_text_it_changes() -> None:
@@ -59,10 +69,10 @@ def test_every_planted_mistake_still_finds_the_text_it_changes() -> None:
 def test_a_failing_trace_is_made_smaller() -> None:
     [mutation] = [mutation for mutation in MUTATIONS if mutation.name == "new tombstones forget the old"]
     with planted(mutation):
-        whole = run_episode(settings_of(1, 0, 2_500))
+        whole = simulate(1, 10_000, episode_steps=1_000)
         assert whole.violation is not None
         assert whole.settings is not None
         small = shrink(whole.settings, whole.violation, max_runs=12)
     assert small.violation is not None
     assert small.violation.kind == whole.violation.kind
-    assert small.steps <= whole.steps
+    assert small.steps <= 1_000

@@ -12,6 +12,7 @@ from engine.config import IndexConfig, SearchParams
 from engine.errors import EngineError, InvalidRequest
 from engine.index.commit import create, load_head
 from engine.index.compact import compact
+from engine.index.operations import Add, unit_rows
 from engine.index.reader import Reader
 from engine.index.verify import verify
 from engine.searcher import Searcher
@@ -228,3 +229,29 @@ async def test_a_directory_keeps_what_was_acknowledged(directory_store: ObjectSt
     fresh = Reader(directory_store)
     [answer] = await Searcher(fresh).search(await fresh.snapshot("x"), [CORPUS.part(0, 1)[0]], SearchParams(k=1))
     assert answer.keys == ["k0"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_are_scaled_to_length_one_whatever_their_size(dtype: type) -> None:
+    """Also rows whose squares leave float32's range, next to ordinary ones, to zeros, and across blocks."""
+    rng = np.random.default_rng(3)
+    scales = [1e-3, 1.0, 1e4] if dtype is np.float16 else [1e-30, 1e-12, 1.0, 1e12, 1e37]
+    rows = (rng.standard_normal((3000, 40)) * rng.choice(scales, (3000, 1))).astype(dtype)
+    rows[::7] = 0
+    exact = rows.astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1, keepdims=True)
+    expected = exact / np.where(lengths > 0, lengths, 1)
+    found = unit_rows(rows)
+    assert found.dtype == np.float16
+    assert np.abs(found - expected).max() < 1e-3
+    assert not found[::7].any()
+    assert np.array_equal(unit_rows(rows[:1])[0], found[0])
+
+
+def test_a_value_that_is_not_finite_is_refused_and_a_sum_that_overflows_is_not() -> None:
+    vectors = np.full((2, 4), 3e38, np.float32)
+    assert np.allclose(Add.of(vectors, np.array([0, 1, 2]), None, None).tokens, 0.5)
+    vectors[1, 2] = np.nan
+    with pytest.raises(InvalidRequest, match="not finite") as caught:
+        Add.of(vectors, np.array([0, 1, 2]), None, None)
+    assert caught.value.details["document"] == 1

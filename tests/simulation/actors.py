@@ -14,6 +14,7 @@ import numpy as np
 from engine.config import IndexConfig, SearchParams
 from engine.errors import CorruptData, EngineError, NotFound, Unavailable
 from engine.index import bulk, compact, indices, snapshots, sweep
+from engine.index.aliases import Aliases
 from engine.index.commit import create
 from engine.index.reader import Reader, Snapshot
 from engine.searcher import Searcher
@@ -41,8 +42,8 @@ WEIGHTS = {
     "compact": 7.0,
     "churn": 4.0,
     "collect": 4.0,
-    "part": 1.5,
-    "chain": 0.7,
+    "part": 2.0,
+    "chain": 1.5,
     "sweep": 8.0,
     "pin": 6.0,
     "unpin": 4.0,
@@ -52,8 +53,31 @@ WEIGHTS = {
     "drop": 2.5,
     "create": 4.0,
     "remake": 1.0,
-    "build": 2.0,
+    "build": 3.5,
+    "resume": 6.0,
+    "point": 5.0,
+    "resolve": 6.0,
+    "unpoint": 0.7,
 }
+ALIASES = ("x", "y", "d")
+"""The last is the name of an index too, which wins."""
+OF_GARBAGE = (
+    "collect",
+    "part",
+    "chain",
+    "sweep",
+    "pin",
+    "unpin",
+    "pinned",
+    "rollback",
+    "branch",
+    "drop",
+    "create",
+    "remake",
+    "hold",
+    "reread",
+)
+NEEDS_NO_INDEX = ("create", "sweep", "collect", "drop", "remake", "part", "chain", "point", "resolve", "unpoint")
 
 
 AFTER_A_REST = ("collect", "collect", "add", "delete", "stale", "compact", "reread")
@@ -73,8 +97,8 @@ class Held:
 class Client:
     """One task of one process. Its choices depend on its own seed alone, so that taking others away changes them little."""
 
-    def __init__(self, world: World, process: Process, reader: Reader, name: str) -> None:
-        self.world, self.process, self.reader, self.name = world, process, reader, name
+    def __init__(self, world: World, process: Process, reader: Reader, aliases: Aliases, name: str) -> None:
+        self.world, self.process, self.reader, self.aliases, self.name = world, process, reader, aliases, name
         self.rng = random.Random(f"client {name} {world.settings.seed}")
         self.searcher = Searcher(reader)
         self.held: list[Held] = []
@@ -92,7 +116,18 @@ class Client:
             kind = self.rng.choices(self.kinds, self.weights)[0]
             if self.rested and self.rng.random() < 0.6:
                 kind = self.rng.choice([name for name in AFTER_A_REST if name in self.kinds] or [kind])
-            await getattr(self, f"_{kind}")("a" if self.rng.random() < self.world.settings.hot else self.rng.choice(INDICES))
+            index = "a" if self.rng.random() < self.world.settings.hot else self.rng.choice(INDICES)
+            await getattr(self, f"_{kind}")(index) if kind in NEEDS_NO_INDEX else await self._do(kind, index)
+
+    async def _do(self, kind: str, index: str) -> None:
+        """Where there is no index, make one or go to another, mostly: a call that finds nothing tests little."""
+        if self.world.current(index) is None and self.rng.random() < 0.9:
+            living = [other for other in INDICES if self.world.current(other) is not None]
+            if living and self.rng.random() < 0.6:
+                index = self.rng.choice(living)
+            elif "create" in self.kinds:
+                kind = "create"
+        await getattr(self, f"_{kind}")(index)
 
     async def _pause(self) -> None:
         await asyncio.sleep(self.rng.expovariate(1 / self.world.settings.think_s))
@@ -316,6 +351,39 @@ class Client:
             return
         await self._compare(op, snapshot, record)
 
+    # Aliases
+
+    async def _point(self, index: str) -> None:
+        """One or two moves of one alias at once, and a look at it before and after."""
+        alias = self.rng.choice(ALIASES)
+        await self._resolve(index, alias)
+        other = self.rng.choice(INDICES)
+        await asyncio.gather(*(self._move(alias, one) for one in self.rng.choice(((index,), (index, other)))))
+        await self._resolve(index, alias)
+
+    async def _move(self, alias: str, index: str) -> None:
+        op = self.world.begin("point", index, self.process, alias=alias)
+        await self._call(op, self.aliases.point(alias, index), lambda is_new: is_new)
+
+    async def _unpoint(self, index: str) -> None:
+        op = self.world.begin("unpoint", index, self.process, alias=self.rng.choice(ALIASES))
+        await self._call(op, self.aliases.drop(op.args["alias"]))
+
+    async def _resolve(self, index: str, alias: str = "") -> None:
+        """An alias stands for what it stood for at a moment of the call."""
+        op = self.world.begin("resolve", index, self.process, alias=alias or self.rng.choice(ALIASES))
+        try:
+            found: str | None = await self.aliases.resolve(op.args["alias"])
+        except NotFound:
+            found = None
+        except (Exception, asyncio.CancelledError) as error:
+            self.world.end(op, error=error)
+            return
+        stood_for = self.world.alias_stood_for(op.args["alias"], op.invoked_tick)
+        if found not in stood_for:
+            self.world.fail("alias", f"{op} is told {found}, but it was {stood_for}")
+        self.world.end(op)
+
     # Maintenance
 
     async def _compact(self, index: str) -> None:
@@ -341,25 +409,42 @@ class Client:
         kinds = self.rng.choices(["pin", "rollback", "branch", "add", "compact", "unpin"], [6, 3, 2, 4, 1, 1], k=self.rng.randint(2, 5))
         await asyncio.gather(self._sweep(index), *(self._late(kind, index) for kind in kinds))
 
+    def _living(self, index: str) -> str:
+        """An index that is there, this one if possible."""
+        living = [other for other in INDICES if self.world.current(other) is not None]
+        return index if index in living or not living else self.rng.choice(living)
+
     async def _part(self, index: str) -> None:
         """An index is deleted while somebody branches it, or its branch."""
-        other = self.rng.choice(INDICES)
-        await asyncio.gather(self._branch(index), self._late("drop", index if self.rng.random() < 0.7 else other))
+        index = self._living(index)
+        await self._add(index)
+        free = [other for other in INDICES if other != index and self.world.current(other) is None]
+        name = self.rng.choice(free or [other for other in INDICES if other != index])
+        if not free:
+            await self._drop(name)
+        victim = index if self.rng.random() < 0.7 else self.rng.choice(INDICES)
+        await asyncio.gather(self._branch_to(index, name), self._late("drop", victim))
 
     async def _chain(self, index: str) -> None:
         """A branch of a branch; then the one between goes, and the first one too, perhaps while the last is made again."""
+        index = self._living(index)
+        await self._add(index)
         between, last = self.rng.sample([other for other in INDICES if other != index], 2)
         await self._drop(between)
         await self._drop(last)
         await self._branch_to(index, between)
+        how = self.rng.choice(("last again", "last while first goes", "in order", "all at once"))
+        if how == "all at once":
+            await asyncio.gather(self._branch_to(between, last), self._late("drop", between), self._late("drop", index))
+            return
         await self._branch_to(between, last)
-        if self.rng.random() < 0.5:
+        if how == "last again":
             await self._drop(last)
             await asyncio.gather(self._branch_to(between, last), self._late("drop", index))
-        elif self.rng.random() < 0.5:
-            await self._drop(index)
+        elif how == "last while first goes":
+            await asyncio.gather(self._drop(between), self._late("drop", index))
         await self._drop(between)
-        await self._drop(index) if self.rng.random() < 0.5 else await self._sweep(index)
+        await self._drop(index) if self.rng.random() < 0.7 else await self._sweep(index)
 
     async def _glance(self, index: str) -> None:
         """Pin what is in force and let go of it: its archive is written early."""
@@ -388,9 +473,25 @@ class Client:
 
     async def _build(self, index: str) -> None:
         docs, tokens, offsets = self._documents(self.rng.randint(6, 14))
-        source = _Source(self.name + str(self.n_docs), tokens, offsets, [doc.fields for doc in docs] if docs[0].fields else None)
-        op = self.world.begin("build", index, self.process, docs=docs, n=len(docs), dim=DIM)
+        fields = [doc.fields for doc in docs] if docs[0].fields else None
+        source = _Source(self.name + str(self.n_docs), tokens, offsets, fields, self.rng.choice((4, 6, 100)))
+        await self._build_from(index, source, docs)
+
+    async def _resume(self, index: str) -> None:
+        """Somebody takes up what another left, or believes so: the other may only be slow."""
+        if self.world.unfinished:
+            index, source, docs = self.rng.choice(self.world.unfinished)
+            self.world.counts["builds resumed"] += 1
+            await self._build_from(index, source, docs)
+        else:
+            await asyncio.gather(self._build(index), self._late("resume", index) if self.rng.random() < 0.5 else self._add(index))
+
+    async def _build_from(self, index: str, source: _Source, docs: list[Doc]) -> None:
+        op = self.world.begin("build", index, self.process, docs=docs, n=len(docs), dim=DIM, source_of=source.fingerprint)
+        if (index, source, docs) not in self.world.unfinished:
+            self.world.unfinished.append((index, source, docs))
         for _ in range(3):
+            op.args["tried_tick"] = self.world.tick
             try:
                 await bulk.BulkBuild(self.reader, index, source, params=self.world.params).run()
             except Unavailable as error:
@@ -400,6 +501,7 @@ class Client:
                 failure = error
             else:
                 self.world.end(op)
+                self.world.unfinished[:] = [left for left in self.world.unfinished if left[1] is not source]
                 return
             break
         if isinstance(failure, EngineError) and failure.code in ("commit-conflict", "missing-object", "dimension-mismatch"):
@@ -495,14 +597,15 @@ class Client:
         await self._call(op, create(self.reader.store, index, config, clock=self.reader.clock))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Source:
-    """A source of a bulk build."""
+    """A source of a bulk build, which gives its documents `block` at a time; each block becomes a segment."""
 
     fingerprint: str
     tokens: np.ndarray
     offsets: np.ndarray
     fields: list[dict[str, Any]] | None
+    block: int
 
     @property
     def n_documents(self) -> int:
@@ -516,10 +619,11 @@ class _Source:
         return self.tokens[:n_tokens]
 
     def blocks(self, first_document: int) -> Any:
-        start = self.offsets[first_document]
-        if first_document < self.n_documents:
-            fields = None if self.fields is None else self.fields[first_document:]
-            yield bulk.Block(self.tokens[start:], self.offsets[first_document:] - start, fields)
+        for first in range(first_document, self.n_documents, self.block):
+            last = min(first + self.block, self.n_documents)
+            start, end = self.offsets[first], self.offsets[last]
+            fields = None if self.fields is None else self.fields[first:last]
+            yield bulk.Block(self.tokens[start:end], self.offsets[first : last + 1] - start, fields)
 
 
 class Fate:
@@ -543,7 +647,7 @@ class Fate:
                 process, _ = self.rng.choice(self.living)
                 process.frozen_until = world.loop.now + self.rng.choice((3.0, 20.0, 300.0))
                 world.note(f"{process.name} freezes until {process.frozen_until:.1f}")
-            if settings.lulls and self.rng.random() < 0.05:
+            if self.rng.random() < settings.lulls:
                 world.lull_until = world.loop.now + self.rng.choice((30.0, 3000.0, 4000.0, 4000.0, 8000.0))
                 world.note(f"all rest until {world.lull_until:.1f}")
                 await asyncio.sleep(world.lull_until - world.loop.now)
@@ -556,7 +660,8 @@ class Fate:
         process = Process(name, self.rng.uniform(-skew, skew))
         reader = self.world.reader_of(process, self.rng.choice((0, 20_000, 1 << 26)))
         token = PROCESS.set(process)
-        clients = [Client(self.world, process, reader, f"{name}.{n}") for n in range(self.world.settings.n_clients)]
+        aliases = Aliases(reader.store, clock=reader.clock)
+        clients = [Client(self.world, process, reader, aliases, f"{name}.{n}") for n in range(self.world.settings.n_clients)]
         self.living.append((process, [asyncio.create_task(client.run()) for client in clients]))
         PROCESS.reset(token)
         self.world.note(f"{name} starts, clock wrong by {process.skew_s:.1f} s")

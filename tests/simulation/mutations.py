@@ -35,6 +35,7 @@ def _one(name: str, function: str, old: str, new: str) -> Mutation:
 
 COMMIT, SWEEP, PARTS = "engine.index.commit", "engine.index.sweep", "engine.index.parts"
 WRITER, OPERATIONS, COMPACT = "engine.index.writer", "engine.index.operations", "engine.index.compact"
+ALIASES, BULK = "engine.index.aliases", "engine.index.bulk"
 SNAPSHOTS, INDICES, READER, OBJECTS = "engine.index.snapshots", "engine.index.indices", "engine.index.reader", "engine.store.objects"
 
 MUTATIONS = (
@@ -175,12 +176,12 @@ MUTATIONS = (
     _one(
         "a branch forgets whose its objects are",
         "engine.index.references:rehomed",
-        'changes: dict[str, object] = {"home": ref.home or index}',
-        'changes: dict[str, object] = {"home": index}',
+        "lambda home: home or index",
+        "lambda home: index",
     ),
     # Garbage collection
     _one("a sweep keeps no grace", f"{SWEEP}:_kept_names", "now_s - replaced_s[generation] <= grace_s", "False"),
-    _one("a sweep takes young objects", f"{SWEEP}:sweep", "now_s - listed.modified_s > grace_s and", ""),
+    _one("a sweep takes young objects", f"{SWEEP}:sweep", "now_s - listed.modified_s > _life_s(name, index, grace_s) and", ""),
     Mutation(
         "a sweep ignores pins",
         (
@@ -223,7 +224,7 @@ MUTATIONS = (
                 "        head = (await load_head(store, index)).manifest\n",
                 "        head = (await load_head(store, index)).manifest\n        archived, replaced_s = await _history(store, index, head)\n        head = (await load_head(store, index)).manifest\n",
             ),
-            (f"{SWEEP}:_kept_names", "    archived, replaced_s = await _history(store, index, head)\n    manifests", "    manifests"),
+            (f"{SWEEP}:_kept_names", "    archived, replaced_s = await _history(store, index, head)\n    found", "    found"),
         ),
     ),
     _one(
@@ -278,6 +279,37 @@ MUTATIONS = (
     _one("tombstones are remembered by segment", f"{PARTS}:Parts.tombstones", '("tombstones", ref.id)', '("tombstones", segment.id)'),
     _one("patches are remembered by segment", f"{PARTS}:Parts.patches", '("patch", ref.id)', '("patch", segment.id)'),
     _one("filters are remembered without patches", f"{PARTS}:Parts.database", "tuple(ref.id for ref in segment.patches)", "()"),
+    # Aliases
+    _one(
+        "an alias is moved whatever it stands for",
+        f"{ALIASES}:Aliases.point",
+        "except (Conflict, NotFound):\n            continue",
+        "except (Conflict, NotFound):\n            return False",
+    ),
+    _one(
+        "an alias is answered from memory",
+        f"{ALIASES}:Aliases.resolve",
+        "known = self._known.get(alias)\n",
+        "known = self._known.get(alias)\n    if known is not None:\n        return known[0]\n",
+    ),
+    # Bulk builds
+    _one(
+        "a build does not look whether it was committed",
+        f"{BULK}:BulkBuild._is_committed",
+        "ours = {segment.id for segment in self.state.segments}",
+        "return False",
+    ),
+    _one(
+        "a build looks only at the generation in force",
+        f"{BULK}:BulkBuild._is_committed",
+        "async for generation, _ in archived(self.store, self.index, current.index_id):",
+        "for generation in ():",
+    ),
+    _one("a build does not look again when it commits", f"{BULK}:BulkBuild._commit", "if await self._is_committed(manifest):", "if False:"),
+    _one("a build does not see another run of it", f"{BULK}:BulkBuild._shows", "manifest.cause.endswith(self.build_id)", "False"),
+    _one("a build goes on over another's record", f"{BULK}:BulkBuild._note", "raise self._other_run() from error", "pass"),
+    _one("a sweep ignores unfinished builds", f"{SWEEP}:_kept_names", " | set().union(*builds.values())", ""),
+    _one("a sweep takes the proof that a build was committed", f"{SWEEP}:_kept_names", "generation in proofs", "False"),
     # The store
     _one("what exists is taken for ours", f"{OBJECTS}:_RemoteStore.put_if_absent", "elif held.is_ours:", "elif True:"),
     _one(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from engine.index.sweep import sweep
 from engine.index.verify import verify
 
-from .actors import INDICES, WEIGHTS, Fate
+from .actors import INDICES, OF_GARBAGE, WEIGHTS, Fate
 from .scheduler import PROCESS, Process
 from .store import CALM, Weather
 from .world import Settings, Violation, World
@@ -42,18 +42,26 @@ def settings_of(seed: int, episode: int, steps: int) -> Settings:
     rng = random.Random(f"settings {seed} {episode}")
     storm = rng.choice((0.0, 0.3, 1.0, 2.0, 5.0))
     weather = Weather(**{name: storm * getattr(STORMY, name) * rng.choice((0, 1, 1)) for name in Weather.__dataclass_fields__})
+    flavour = rng.choice(("both", "garbage", "garbage", "writing"))
+    weights = {kind: weight * rng.choice((0.3, 1, 1, 3)) for kind, weight in WEIGHTS.items()}
+    for kind in WEIGHTS:  # garbage and what keeps it needs many a deletion; much happens only to an index that lives long
+        if flavour != "both":
+            weights[kind] *= 3.0 if (kind in OF_GARBAGE) == (flavour == "garbage") else 0.3
+    for kind in ("drop", "remake", "part", "chain") if flavour == "writing" else ():
+        weights[kind] = 0.0
     return Settings(
         seed=f"{seed}.{episode}",
         steps=steps,
         weather=weather,
         n_processes=rng.randint(2, 4),
         n_clients=rng.randint(1, 4),
-        weights={kind: weight * rng.choice((0.3, 1, 1, 3)) for kind, weight in WEIGHTS.items()},
+        weights=weights,
         kills=rng.choice((0.0, 0.02, 0.1)),
         freezes=rng.choice((0.0, 0.01, 0.05)),
         skew_s=rng.choice((0.0, 5.0, 3600.0, 3600.0)),
         think_s=rng.choice((0.05, 0.4, 0.4)),
         hot=rng.choice((0.0, 0.5, 0.9)),
+        lulls=0.12 if flavour == "garbage" else 0.05,
     )
 
 
@@ -93,7 +101,7 @@ def _collector_at_rest() -> Iterator[None]:
 async def _episode(world: World) -> None:
     fate = Fate(world)
     await fate.run()
-    world.weather = CALM
+    world.weather, world.bucket.lag_s = CALM, 0.0
     await asyncio.sleep(120)  # what is still on its way arrives
     await _check_at_rest(world)
     await asyncio.sleep(86_400 * 8)  # every grace period and every forgotten build is over
@@ -211,7 +219,7 @@ def _simpler(settings: Settings, max_runs: int):  # type: ignore[no-untyped-def]
         lambda now: replace(now, kills=0.0),
         lambda now: replace(now, freezes=0.0),
         lambda now: replace(now, skew_s=0.0),
-        lambda now: replace(now, lulls=False),
+        lambda now: replace(now, lulls=0.0),
         lambda now: replace(now, hot=1.0),
     ]
     ways += [lambda now, fault=fault: replace(now, weather=now.weather.without(fault)) for fault in Weather.__dataclass_fields__]

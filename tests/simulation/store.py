@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -73,10 +74,11 @@ class Witness(Protocol):
 class Bucket:
     """What is stored. Conditional writes as S3 does them."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
+    def __init__(self, loop: Loop, rng: random.Random, lag_s: float = 0.0) -> None:
+        self.loop, self.rng, self.lag_s = loop, rng, lag_s
         self.objects: dict[str, Stored] = {}
         self.witness: Witness | None = None
+        self._changes: deque[tuple[float, str, Stored | None]] = deque()
 
     def stored(self, data: bytes) -> Stored:
         return Stored(data, hashlib.md5(data).hexdigest(), float(int(EPOCH_S + self.loop.now)))
@@ -85,7 +87,29 @@ class Bucket:
         after = self.stored(data)
         if self.witness is not None:
             self.witness.put(name, self.objects.get(name), after, operations)
+        self._remember(name)
         self.objects[name] = after
+
+    def _remember(self, name: str) -> None:
+        """What is there before a change, for listings that lag."""
+        if self.lag_s:
+            self._changes.append((self.loop.now, name, self.objects.get(name)))
+            while self._changes[0][0] < self.loop.now - self.lag_s:
+                self._changes.popleft()
+
+    def listed(self) -> dict[str, Stored]:
+        """What a listing shows: what is there, or, if listings lag, what was there at some moment not too long ago."""
+        if not self.lag_s:
+            return self.objects
+        shown, as_of = dict(self.objects), self.loop.now - self.rng.uniform(0, self.lag_s)
+        for at, name, before in reversed(self._changes):
+            if at <= as_of:
+                break
+            if before is None:
+                shown.pop(name, None)
+            else:
+                shown[name] = before
+        return shown
 
     def delete(self, name: str, operations: tuple[Any, ...]) -> None:
         before = self.objects.get(name)
@@ -93,6 +117,7 @@ class Bucket:
             return
         if self.witness is not None:
             self.witness.delete(name, before, operations)
+        self._remember(name)
         del self.objects[name]
 
 
@@ -106,6 +131,8 @@ class _Body:
     async def bytes_async(self) -> bytes:
         if self._torn:
             await asyncio.sleep(0.01)
+            if self._wire.rng.random() < 0.3:
+                return self._stored.data[: len(self._stored.data) // 2]  # some proxies do not tell
             raise GenericError("error decoding response body: connection closed before message completed")
         return self._stored.data
 
@@ -237,8 +264,9 @@ class Wire:
             n = self.rng.randint(3, 40)
 
             def effect(_: tuple[Any, ...], after: str = after, n: int = n) -> tuple[list[dict[str, Any]], bool]:
-                found = sorted(name for name in self.bucket.objects if name.startswith(prefix) and name > after)
-                return [self._line(name) for name in found[:n]], len(found) > n
+                listed = self.bucket.listed()
+                found = sorted(name for name in listed if name.startswith(prefix) and name > after)
+                return [_line(name, listed[name]) for name in found[:n]], len(found) > n
 
             page, more = await self._request("list", prefix, effect)
             if page:
@@ -247,18 +275,18 @@ class Wire:
             if not more:
                 return
 
-    def _line(self, name: str) -> dict[str, Any]:
-        stored = self.bucket.objects[name]
-        return {"path": name, "size": len(stored.data), "last_modified": datetime.fromtimestamp(stored.modified_s, UTC)}
-
     async def list_with_delimiter_async(self, prefix: str | None) -> dict[str, list[str]]:
         def effect(_: tuple[Any, ...]) -> dict[str, list[str]]:
             start = prefix or ""
-            rest = [name[len(start) :] for name in self.bucket.objects if name.startswith(start)]
+            rest = [name[len(start) :] for name in self.bucket.listed() if name.startswith(start)]
             return {"common_prefixes": sorted({start + name.partition("/")[0] for name in rest if "/" in name})}
 
         answer: dict[str, list[str]] = await self._request("list", prefix or "", effect)
         return answer
+
+
+def _line(name: str, stored: Stored) -> dict[str, Any]:
+    return {"path": name, "size": len(stored.data), "last_modified": datetime.fromtimestamp(stored.modified_s, UTC)}
 
 
 def _fate(weather: Weather, chance: float, conditional: bool) -> str:

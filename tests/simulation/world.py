@@ -26,13 +26,14 @@ from engine.config import MaintenanceParams
 from engine.errors import Conflict, CorruptData, EngineError, InvalidRequest, NotFound, Unavailable
 from engine.format import names
 from engine.format.manifest import Manifest, decode_manifest
+from engine.format.markers import Alias, BuildProgress, read_marker
 from engine.index import clock as clock_module
 from engine.index.reader import MAX_HEAD_AGE_S, Reader
 from engine.index.references import objects_of
 from engine.store.objects import StoreOptions, _RemoteStore
 
 from .audit import Auditor
-from .model import REFUSED, Op, State, apply, fold
+from .model import REFUSED, Doc, Op, State, apply, fold
 from .scheduler import PROCESS, Loop, Process, SimulatedClock
 from .store import CALM, OPERATIONS, Bucket, Stored, Weather, Wire, asked_for
 
@@ -110,9 +111,10 @@ class Settings:
     kills: float = 0.0
     freezes: float = 0.0
     skew_s: float = 0.0
-    lulls: bool = True
+    lulls: float = 0.05
     think_s: float = 0.4
     hot: float = 0.0
+    lag_s: float = 0.0
     keep_trace: bool = False
 
 
@@ -122,7 +124,7 @@ class World:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.loop = Loop(f"loop {settings.seed}")
-        self.bucket = Bucket(self.loop)
+        self.bucket = Bucket(self.loop, random.Random(f"lag {settings.seed}"), settings.lag_s)
         self.bucket.witness = self
         self.rng = random.Random(f"world {settings.seed}")
         self.params = MaintenanceParams(
@@ -135,6 +137,10 @@ class World:
         self.records: dict[tuple[str, int], Record] = {}
         self.named_by: dict[str, list[Record]] = {}
         self.pinned: dict[tuple[str, int], dict[str, None]] = {}
+        self.aliases: dict[str, list[tuple[int, str | None]]] = {}
+        self.unfinished: list[tuple[str, Any, list[Doc]]] = []
+        self.built: dict[tuple[str, str], int] = {}
+        self.tidied: set[tuple[str, str]] = set()
         self.ops: list[Op] = []
         self.vectors: dict[str, np.ndarray] = {}
         self.steps = 0
@@ -197,6 +203,8 @@ class World:
         try:
             if rest == names.CURRENT:
                 self._current_moves(index, before, after, operations)
+            elif index + "/" == names.aliases():
+                self._alias_moves(rest, before is None, read_marker(after.data, Alias, name=name).index, operations)
             elif before is not None and before.data != after.data:
                 raise Violation("rewritten", f"{name} was written twice with different bytes")
         except Violation as violation:
@@ -208,6 +216,10 @@ class World:
         try:
             if rest == names.CURRENT:
                 self._index_ends(index, operations)
+            elif index + "/" == names.aliases():
+                self._alias_moves(rest, False, None, operations)
+            elif name.startswith(names.builds(index)):
+                self._note_tidied(index, name, before)
             else:
                 self._check_deletion(name)
         except Violation as violation:
@@ -311,8 +323,10 @@ class World:
         ]
         if not matching:
             raise Violation("branch", f"{index} is a branch of nothing that {source} ever was")
-        life.revived = matching[-1].life.revived
-        return matching[-1].state, life
+        alike = [record for record in matching if record.manifest.config == manifest.config]  # of several lives that are empty
+        chosen = (alike or matching)[-1]
+        life.revived = chosen.life.revived
+        return chosen.state, life
 
     def _followed(self, old: Record, manifest: Manifest, operations: tuple[Op, ...]) -> State:
         """The model's word on what comes after `old`."""
@@ -344,6 +358,13 @@ class World:
 
     def _note_applied(self, op: Op, life: str, generation: int, result: Any) -> None:
         has_effect = op.kind in ("add", "build", "create", "branch", "rollback") or bool(result)
+        if op.kind == "build":
+            what = (life, op.args["source_of"])
+            given_again = what in self.tidied and op.args["tried_tick"] >= self.built[what]
+            if what in self.built and not given_again:
+                raise Violation("twice", f"{op} brought documents that an earlier run had brought already")
+            self.built[what] = self.tick
+            self.tidied.discard(what)
         if op.applied and has_effect:
             raise Violation("twice", f"{op} took effect at {op.applied} and again at generation {generation}")
         if op.outcome.startswith("refused") and has_effect:
@@ -389,6 +410,26 @@ class World:
         self._turn(index, None)
         self.note(f"  {index} of {record.life.id[-4:]} is gone, by {operations[0]}")
 
+    # Aliases
+
+    def _alias_moves(self, alias: str, is_new: bool, index: str | None, operations: tuple[Op, ...]) -> None:
+        """A move whose answer was lost, and which somebody replaced before its maker looked, may be made again: no history tells."""
+        kind = "unpoint" if index is None else "point"
+        [op] = operations or [None]
+        if op is None or op.kind != kind or op.args["alias"] != alias or (index is not None and op.index != index):
+            raise Violation("phantom", f"alias {alias} was set to {index} by {op}")
+        if op.outcome.startswith("refused"):
+            raise Violation("refused", f"{op} was answered with '{op.outcome}' and took effect")
+        op.applied.append((f"alias {alias}", self.tick))
+        op.results.append(is_new)
+        self.aliases.setdefault(alias, [(0, None)]).append((self.tick, index))
+        self.note(f"  alias {alias} stands for {index}, by {op}")
+
+    def alias_stood_for(self, alias: str, since_tick: int) -> list[str | None]:
+        """What an alias stood for at any moment since."""
+        moves = self.aliases.get(alias, [(0, None)])
+        return [index for at, (_, index) in enumerate(moves) if at + 1 == len(moves) or moves[at + 1][0] > since_tick]
+
     # Garbage
 
     def pinned_names(self, index: str) -> dict[str, tuple[str, int]]:
@@ -424,6 +465,14 @@ class World:
             record_of = self.records.get((life, generation))
             if record_of is not None and record_of.ended_s is not None and (why := self.is_protected(record_of)):
                 raise Violation("deleted", f"{name} was deleted, but that generation {why}")
+
+    def _note_tidied(self, index: str, name: str, before: Stored) -> None:
+        """After the last record of a committed build is gone, giving the same source again adds it again."""
+        folder, record = name.rpartition("/")[0] + "/", self.current(index)
+        if record is not None and not any(other.startswith(folder) for other in self.bucket.objects if other != name):
+            what = (record.life.id, read_marker(before.data, BuildProgress, name=name).source)
+            if what in self.built:
+                self.tidied.add(what)
 
     # Operations
 
@@ -462,13 +511,19 @@ class World:
         self.counts[f"outcome {op.outcome}"] += 1
 
     def _judge_success(self, op: Op, value: Any) -> None:
-        if op.kind in ("create", "branch", "rollback", "add", "build") and not op.applied:
+        was_built = op.kind == "build" and any(
+            record is not None and (record.life.id, op.args["source_of"]) in self.built
+            for record in self.in_force(op.index, op.invoked_tick)
+        )
+        if op.kind in ("create", "branch", "rollback", "add", "build", "point") and not op.applied and not was_built:
             raise Violation("lost", f"{op} was acknowledged and is nowhere in the history")
         if op.kind == "branch":
             life = self.lives[op.applied[0][0]]
             if life.damage and life.alive and not life.revived:
                 raise Violation("deleted", f"{op} was acknowledged: {life.damage}")
             life.confirmed = True
+        if op.kind == "point" and op.results[-1] != value:
+            raise Violation("answer", f"{op} was told {value}, but did {op.results[-1]}")
         if op.kind in ("add", "delete", "update", "configure"):
             if op.applied:
                 if op.results[-1] != value:
@@ -493,7 +548,7 @@ class World:
         if (
             isinstance(error, Conflict)
             and error.code == "commit-conflict"
-            and op.kind != "build"
+            and op.kind not in ("build", "point")
             and len(was) < 20
             and not (self._changed_lately(op) or self._source_ended(op))
         ):
