@@ -55,8 +55,7 @@ from engine.index.commit import create
 from engine.index.reader import Reader
 from engine.searcher import Searcher
 from engine.store.base import ObjectStore
-from engine.store.objects import open_store
-from engine.store.wrappers import DelayStore
+from engine.store.objects import StoreOptions, open_store
 from handler.runtime import Settings, child_environment
 
 INDEX = "benchmark"
@@ -67,7 +66,8 @@ ADD_DOCUMENTS, ADD_TOKENS = 64, 150
 SMALL, LARGE, SHORT_TOKENS = 1_000, 100_000, 8
 INGEST_PER_S, INGEST_BATCH = 50, 10
 TURNS = 3
-STORE_DELAY_S = 0.02
+S3_MS = (20, 60)
+"""A PUT to S3 takes about as long."""
 _WORDS = [
     "warp",
     "weft",
@@ -157,33 +157,30 @@ def queries_of(vectors: Vectors) -> list[np.ndarray]:
 
 _SERVE = """
 import sys
-from handler import runtime
+from handler.runtime import Settings
 from handler.server import serve
 
-delay_s = float(sys.argv[1])
-if delay_s:
-    from engine.store.wrappers import DelayStore
-
-    open_at = runtime.open_at
-    runtime.open_at = lambda url, settings: DelayStore(open_at(url, settings), p50_s=delay_s, p99_s=delay_s)
-settings = runtime.Settings.from_environment()
+settings = Settings.from_environment()
 sys.exit(serve(settings.host, settings.port, settings, settings.workers))
 """
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Server:
     """A server process over a folder."""
 
-    def __init__(self, folder: Path, *, delay_s: float = 0.0, **settings: Any) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def __init__(self, folder: Path | str, *, environment: dict[str, str] | None = None, **settings: Any) -> None:
         self.settings = Settings(
-            **{"index_dir": str(folder), "host": "127.0.0.1", "port": port, "compact": False, "drain_s": 0.0, **settings}
+            **{"index_dir": str(folder), "host": "127.0.0.1", "port": free_port(), "compact": False, "drain_s": 0.0, **settings}
         )
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("TARTAN_", "AWS_"))}
-        environment = {**kept, **self.settings.to_environment()}
-        command = [sys.executable, "-c", _SERVE, str(delay_s)]
+        environment = {**kept, **self.settings.to_environment(), **(environment or {})}
+        command = [sys.executable, "-c", _SERVE]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not self._is_ready():
@@ -482,23 +479,50 @@ def measure_overhead(bench: Bench) -> dict[str, Any]:
 
 
 def measure_adds(bench: Bench) -> dict[str, Any]:
-    """Adds to both sizes and bare writes take turns."""
+    """Adds to both sizes and bare writes take turns, on a directory and on S3 over HTTP."""
     folders = {size: bench.build_short(size) for size in (SMALL, LARGE)}
-    found: dict[str, Any] = {}
-    for store_name, delay_s in (("directory", 0.0), (f"directory, {STORE_DELAY_S * 1000:.0f} ms a request", STORE_DELAY_S)):
-        with contextlib.ExitStack() as stack:
-            copies = {size: stack.enter_context(copied(folder)) for size, folder in folders.items()}
-            servers = {size: stack.enter_context(Server(copy, delay_s=delay_s)) for size, copy in copies.items()}
-            found[store_name] = _adds(bench, servers, copies[SMALL], delay_s)
-    return found
+    return {"directory": _adds(bench, folders, None), f"S3 over HTTP, {S3_MS[0]} to {S3_MS[1]} ms a request": _adds(bench, folders, S3_MS)}
 
 
-def _adds(bench: Bench, servers: dict[int, Server], folder: Path, delay_s: float) -> dict[str, Any]:
+@contextlib.contextmanager
+def _slow_s3(folder: Path, delay_ms: tuple[int, int]) -> Iterator[str]:
+    """The URL of a stand-in for S3 over a folder, in a process of its own."""
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.slow_s3", str(folder), str(port), *map(str, delay_ms)]
+    process = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _adds(bench: Bench, folders: dict[int, Path], delay_ms: tuple[int, int] | None) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        copies = {size: stack.enter_context(copied(folder)) for size, folder in folders.items()}
+        servers, stores = {}, {}
+        for size, copy in copies.items():
+            where, environment, options = str(copy), {}, StoreOptions()
+            if delay_ms is not None:
+                endpoint, where = stack.enter_context(_slow_s3(copy, delay_ms)), "s3://benchmark"
+                environment = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "TARTAN_S3_ENDPOINT": endpoint}
+                options = StoreOptions(endpoint=endpoint, region="us-east-1", access_key_id="key", secret_access_key="secret")
+            servers[size] = stack.enter_context(Server(where, environment=environment))
+            stores[size] = open_store(where, options)
+        return _timed_adds(bench, servers, stores[SMALL])
+
+
+def _timed_adds(bench: Bench, servers: dict[int, Server], store: ObjectStore) -> dict[str, Any]:
     connections = {size: Connection(server.settings.port) for size, server in servers.items()}
     taken: dict[int, list[float]] = {size: [] for size in servers}
     bare: list[float] = []
-    store: ObjectStore = open_store(str(folder))
     rounds = 16
+    loop = asyncio.new_event_loop()
     for turn in range(rounds + 2):
         message = add_request(bench.vectors, turn * ADD_DOCUMENTS, ADD_DOCUMENTS)
         for size, connection in connections.items():
@@ -507,20 +531,21 @@ def _adds(bench: Bench, servers: dict[int, Server], folder: Path, delay_s: float
             taken[size].append((time.perf_counter() - asked) * 1000)
             if status != 202:
                 raise SystemExit(f"an add was answered with {status}: {body[:200]!r}")
-        bare.append(asyncio.run(_bare_writes_ms(store, delay_s)))
+        bare.append(loop.run_until_complete(_bare_writes_ms(store)))
     medians = {size: statistics.median(times[2:]) for size, times in taken.items()}
     writes_ms = statistics.median(bare[2:])
     line: dict[str, Any] = {f"add to {size} documents, ms": round(ms, 2) for size, ms in medians.items()}
     return line | {
         "its object-store writes alone, ms": round(writes_ms, 2),
         "add / writes": round(medians[SMALL] / writes_ms, 2),
+        "add less writes, ms": round(medians[SMALL] - writes_ms, 2),
         f"{LARGE} / {SMALL}": round(medians[LARGE] / medians[SMALL], 3),
         "request bytes": len(message),
         "rounds": rounds,
     }
 
 
-async def _bare_writes_ms(store: ObjectStore, delay_s: float) -> float:
+async def _bare_writes_ms(store: ObjectStore) -> float:
     """What the newest generation of the small index wrote, written again under another name: all objects together, then CURRENT."""
     head = await store.get(names.current(INDEX))
     manifest = (await Reader(store).snapshot(INDEX)).manifest
@@ -531,10 +556,9 @@ async def _bare_writes_ms(store: ObjectStore, delay_s: float) -> float:
     parts.append(head.data)
     fresh = f"bare/{names.fresh_id()}"
     etag = await store.put_if_absent(f"{fresh}/CURRENT", head.data)
-    slow = DelayStore(store, p50_s=delay_s, p99_s=delay_s) if delay_s else store
     began = time.perf_counter()
-    await asyncio.gather(*(slow.put_if_absent(f"{fresh}/{n}", data) for n, data in enumerate(parts)))
-    await slow.replace_if_unchanged(f"{fresh}/CURRENT", head.data, etag)
+    await asyncio.gather(*(store.put_if_absent(f"{fresh}/{n}", data) for n, data in enumerate(parts)))
+    await store.replace_if_unchanged(f"{fresh}/CURRENT", head.data, etag)
     return (time.perf_counter() - began) * 1000
 
 
