@@ -34,7 +34,7 @@ run: .stamp-run ## set up, index the bundled demo collection, and serve it on 12
 	@exec $(BIN)/tartan serve --host $(HOST) --port $(PORT) --store $(STORE) --model hashing
 
 test: .stamp-dev ## set up and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 torture: .stamp-dev ## run the long tests too
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)

@@ -45,6 +45,7 @@ class Served:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TARTAN_"))}
         own = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.settings.to_environment(), **environment}
         command = [sys.executable, "-W", "error", "-c", _CODE]
+        self._log = ""
         self._output = tempfile.NamedTemporaryFile(prefix="tartan-test-server-", suffix=".log")  # noqa: SIM115  # lives as long as the server
         self.process = subprocess.Popen(
             command,
@@ -58,7 +59,9 @@ class Served:
     @property
     def log(self) -> str:
         """What the server has written so far."""
-        return Path(self._output.name).read_text(errors="replace")
+        if not self._output.closed:
+            self._log = Path(self._output.name).read_text(errors="replace")
+        return self._log
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -89,6 +92,9 @@ class Served:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+        finally:
+            _ = self.log
+            self._output.close()
 
 
 def s3_environment(server: S3Server) -> dict[str, str]:
