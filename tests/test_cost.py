@@ -61,7 +61,7 @@ def test_an_unknown_region_is_refused_by_name_but_does_not_fail_a_search() -> No
 
 
 def test_a_million_queries_cost_what_the_house_promises() -> None:
-    """Issue 4: at most 3 dollars warm and 20 cold, 2 GB arm64, 20,000 abstracts."""
+    """At most 3 dollars warm and 20 cold, 2 GB arm64, 20,000 abstracts."""
     month = estimate(SMALL, US)
     assert month.usd_per_million_warm <= 3.0
     assert month.usd_per_million_cold <= 20.0
