@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,6 +34,7 @@ from engine.store.base import Object, ObjectStore
 from engine.store.bucket import Bucket, open_bucket
 from engine.store.objects import StoreOptions, open_store
 from engine.store.wrappers import AroundStore, Call, CountingStore, Fault, FaultyStore, WorldStopped
+from engine.transfer import copying
 from engine.transfer import drill as drills
 from engine.transfer.backup import BackupRecord, backup, generation_of, newest_record, restore
 from engine.transfer.drill import DrillRecord, drill
@@ -384,6 +386,24 @@ async def test_a_drill_finds_a_backup_that_was_damaged(tmp_path: Path) -> None:
     with pytest.raises(CorruptData):
         await drill(reader, "x", backups, as_is=True)
     assert [folder async for folder in backups.store.list_folders("") if folder.startswith(drills.SCRATCH)] == []
+
+
+async def test_a_failed_copy_ends_when_nothing_of_it_is_under_way() -> None:
+    landed = []
+
+    async def slow() -> None:
+        await asyncio.to_thread(time.sleep, 0.05)
+        landed.append("slow")
+
+    async def damaged() -> None:
+        raise CorruptData("damaged")
+
+    async def never() -> None:
+        landed.append("never")
+
+    with pytest.raises(CorruptData):
+        await copying._all(2, [slow(), damaged(), never()])
+    assert landed == ["slow"]
 
 
 def test_records_are_json_that_other_programs_can_read() -> None:

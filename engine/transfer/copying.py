@@ -149,19 +149,20 @@ class _Room:
 
 
 async def _all(n_at_once: int, work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Do all of it, so many at a time. The first failure ends the rest."""
+    """Do all of it, so many at a time. After a failure nothing more is begun, and what is under way ends before this does: a write that was
+    merely cancelled may still reach the store, behind the back of a caller who cleans up."""
     queue = iter(work)
 
     async def worker() -> None:
         for one in queue:
-            await one
+            try:
+                await one
+            except BaseException:
+                for left in queue:
+                    left.close()
+                raise
 
-    workers = [asyncio.ensure_future(worker()) for _ in range(min(n_at_once, len(work)))]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for other in workers:
-            other.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-        for left in queue:
-            left.close()
+    outcomes = await asyncio.gather(*(worker() for _ in range(min(n_at_once, len(work)))), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
