@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -357,9 +357,8 @@ class Searcher:
             return await self.parts.compute(_near_on_one_thread, segments, query, params, stats)
         near = await self._rank_near(segments, query, params, stats)
         bars = bars or decide([_ranking(near, params)], params)
-        large = [[job] for job in near.jobs if not _is_small(job.segment.ref)]
-        small = [job for job in near.jobs if _is_small(job.segment.ref)]
-        found = await _together([self.parts.compute(_finish, jobs, params, bars) for jobs in [*large, small]])
+        batches = _batches(near.jobs, lambda job: job.segment.ref)
+        found = await _together([self.parts.compute(_finish, jobs, params, bars) for jobs in batches])
         for job in near.jobs:
             stats.merge(job.stats)
         return [*near.flat, *(hits for group in found for hits in group)]
@@ -369,9 +368,8 @@ class Searcher:
         by_codec = {segment.ref.codec: segment for segment in segments if segment.arrays is not None}
         made = await _together([self.parts.compute(_score_centroids, segment, query, stats) for segment in by_codec.values()])
         tables = dict(zip(by_codec, made, strict=True))
-        large = [[segment] for segment in segments if not _is_small(segment.ref)]
-        small = [segment for segment in segments if _is_small(segment.ref)]
-        ranked = await _together([self.parts.compute(_rank, batch, tables, query, params, stats) for batch in [*large, small]])
+        batches = _batches(segments, lambda segment: segment.ref)
+        ranked = await _together([self.parts.compute(_rank, batch, tables, query, params, stats) for batch in batches])
         return _Near([hits for near in ranked for hits in near.flat], [job for near in ranked for job in near.jobs])
 
     def _search_cold(
@@ -519,6 +517,13 @@ def _brute_force(segment: _Segment, query: np.ndarray, k: int, stats: StageStats
 
 
 # Small steps
+
+
+def _batches(items: Sequence[T], ref_of: Callable[[T], SegmentRef]) -> list[list[T]]:
+    """What goes to a thread together: each large segment by itself, and all small ones, if there are any."""
+    large = [[item] for item in items if not _is_small(ref_of(item))]
+    small = [item for item in items if _is_small(ref_of(item))]
+    return [*large, small] if small else large
 
 
 def _is_small(ref: SegmentRef) -> bool:
