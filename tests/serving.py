@@ -15,7 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from handler.runtime import Settings
+import httpx
+
+from engine.store.base import ObjectStore
+from engine.store.objects import open_store
+from handler.app import create_app
+from handler.runtime import Runtime, Settings
 from s3_server import REGION, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +105,15 @@ class Served:
 def s3_environment(server: S3Server) -> dict[str, str]:
     """What a server process needs to reach the S3 of the tests."""
     return {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": REGION, "TARTAN_S3_ENDPOINT": server.url}
+
+
+def client_of(store: ObjectStore | None = None, **settings: Any) -> httpx.AsyncClient:
+    """A client of an application in this process; its runtime is the attribute `runtime`."""
+    runtime = Runtime(Settings(**{"log_level": "off", "search_threads": 1, **settings}), store=store or open_store("memory://"))
+    transport = httpx.ASGITransport(create_app(runtime=runtime))  # type: ignore[arg-type]
+    client = httpx.AsyncClient(transport=transport, base_url="http://server")
+    client.runtime = runtime  # type: ignore[attr-defined]
+    return client
 
 
 @contextlib.contextmanager

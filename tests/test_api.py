@@ -13,23 +13,13 @@ import numpy as np
 import pytest
 
 from engine.errors import Unavailable
-from engine.store.base import ObjectStore
 from engine.store.objects import open_store
-from handler.app import create_app
 from handler.routes.table import ENDPOINTS
-from handler.runtime import SETTINGS, Runtime, Settings
+from handler.runtime import SETTINGS, Settings
+from serving import client_of
 
 DIM = 8
-QUIET = {"log_level": "off", "search_threads": 1}
 NO_LENGTH = {"queries": []}
-
-
-def client_of(store: ObjectStore | None = None, **settings: Any) -> httpx.AsyncClient:
-    runtime = Runtime(Settings(**{**QUIET, **settings}), store=store or open_store("memory://"))
-    transport = httpx.ASGITransport(create_app(runtime=runtime))  # type: ignore[arg-type]
-    client = httpx.AsyncClient(transport=transport, base_url="http://server")
-    client.runtime = runtime  # type: ignore[attr-defined]
-    return client
 
 
 @pytest.fixture

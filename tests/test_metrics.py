@@ -23,29 +23,21 @@ from engine.index.commit import create, load_head
 from engine.index.reader import Reader
 from engine.store.objects import open_store
 from engine.store.wrappers import AroundStore, Call, FaultyStore
-from handler.app import create_app
 from handler.host import look
 from handler.index_facts import IndexFacts
 from handler.metrics import MAX_INDICES, OTHER_INDEX, Metrics
 from handler.observed import ObservedStore, store_usd
 from handler.recall_sampler import RecallSampler
 from handler.runtime import Runtime, Settings
+from serving import client_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 8
 
 
-def app_of(store: Any = None, **settings: Any) -> httpx.AsyncClient:
-    runtime = Runtime(Settings(**{"log_level": "off", "search_threads": 1, **settings}), store=store or open_store("memory://"))
-    transport = httpx.ASGITransport(create_app(runtime=runtime))  # type: ignore[arg-type]
-    client = httpx.AsyncClient(transport=transport, base_url="http://server")
-    client.runtime = runtime  # type: ignore[attr-defined]
-    return client
-
-
 @pytest.fixture
 async def api() -> AsyncIterator[httpx.AsyncClient]:
-    async with app_of() as client:
+    async with client_of() as client:
         yield client
 
 
@@ -148,7 +140,7 @@ async def test_a_deleted_index_and_a_removed_limit_leave_no_gauge(api: httpx.Asy
 
 async def test_commits_that_lose_a_race_are_counted() -> None:
     store = open_store("memory://")
-    one, other = app_of(store), app_of(store)
+    one, other = client_of(store), client_of(store)
     async with one, other:
         await fill(one)
         await other.get("/indices/a")
@@ -161,7 +153,7 @@ async def test_commits_that_lose_a_race_are_counted() -> None:
 
 async def test_a_store_that_fails_and_bytes_that_are_wrong_are_counted_by_code() -> None:
     faulty = FaultyStore(open_store("memory://"))
-    async with app_of(faulty) as api:
+    async with client_of(faulty) as api:
         await fill(api)
         faulty._schedule = lambda call: "unavailable"
         assert (await api.get("/indices/a")).status_code == 503
@@ -203,7 +195,7 @@ def test_the_price_of_requests_is_that_of_their_kind() -> None:
 
 async def test_the_byte_cache_shows_hits_and_size(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    async with app_of(store, cache_dir=str(tmp_path / "cache"), memory_bytes=0) as api:
+    async with client_of(store, cache_dir=str(tmp_path / "cache"), memory_bytes=0) as api:
         await fill(api)
         for _ in range(3):
             await search(api)
@@ -216,7 +208,7 @@ async def test_the_byte_cache_shows_hits_and_size(tmp_path: Path) -> None:
 
 
 async def test_texts_that_wait_for_the_encoder_are_shown() -> None:
-    async with app_of(model="hashing") as api:
+    async with client_of(model="hashing") as api:
         await api.post("/encode", json={"texts": ["weft"], "input_type": "query"})
         encoder = await api.runtime.encoder()  # type: ignore[attr-defined]
         with encoder._admitted((True, 0), 3):
@@ -226,7 +218,7 @@ async def test_texts_that_wait_for_the_encoder_are_shown() -> None:
 
 
 async def test_recall_is_measured_only_if_wanted_and_is_one_for_an_exact_search() -> None:
-    async with app_of(recall_sample=1.0) as api:
+    async with client_of(recall_sample=1.0) as api:
         await fill(api)
         await search(api)
         await api.runtime.recall_sampler.settle()  # type: ignore[attr-defined]
@@ -238,7 +230,7 @@ async def test_recall_is_measured_only_if_wanted_and_is_one_for_an_exact_search(
 
 
 async def test_a_search_that_misses_documents_shows_in_the_measured_recall() -> None:
-    async with app_of() as api:
+    async with client_of() as api:
         await fill(api, n=20)
         runtime: Runtime = api.runtime  # type: ignore[attr-defined]
         metrics = runtime.metrics
