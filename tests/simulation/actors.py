@@ -491,9 +491,10 @@ class Client:
         if (index, source, docs) not in self.world.unfinished:
             self.world.unfinished.append((index, source, docs))
         for _ in range(3):
-            op.args["tried_tick"] = self.world.tick
+            build = bulk.BulkBuild(self.reader, index, source, params=self.world.params)
+            op.args["began_at"] = lambda build=build: build._began_at
             try:
-                await bulk.BulkBuild(self.reader, index, source, params=self.world.params).run()
+                await build.run()
             except Unavailable as error:
                 failure: BaseException = error
                 continue

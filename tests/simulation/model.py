@@ -43,7 +43,7 @@ class Op:
     results: list[Any] = field(default_factory=list)
 
     def __str__(self) -> str:
-        shown = {key: value for key, value in self.args.items() if key != "docs"}
+        shown = {key: value for key, value in self.args.items() if key not in ("docs", "began_at")}
         return f"#{self.number} {self.kind} {self.index} {shown or ''} by {self.process}"
 
 

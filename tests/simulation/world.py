@@ -360,10 +360,10 @@ class World:
         has_effect = op.kind in ("add", "build", "create", "branch", "rollback") or bool(result)
         if op.kind == "build":
             what = (life, op.args["source_of"])
-            given_again = what in self.tidied and op.args["tried_tick"] >= self.built[what]
+            given_again = what in self.tidied and op.args["began_at"]() >= self.built[what]  # a run begins when it first reads the index
             if what in self.built and not given_again:
                 raise Violation("twice", f"{op} brought documents that an earlier run had brought already")
-            self.built[what] = self.tick
+            self.built[what] = generation
             self.tidied.discard(what)
         if op.applied and has_effect:
             raise Violation("twice", f"{op} took effect at {op.applied} and again at generation {generation}")
