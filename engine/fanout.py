@@ -15,7 +15,6 @@ Not here: who calls whom, retries, HTTP, AWS. Retrying a step is safe: steps onl
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 import time
 import zlib
@@ -28,8 +27,9 @@ import numpy as np
 from engine.config import SearchParams
 from engine.errors import CorruptData, EngineError, InvalidRequest, LimitExceeded, NotFound, Unavailable, UnsupportedFormat
 from engine.index.reader import Reader, Snapshot
+from engine.near import Bars, Ranking, company, decide
 from engine.scoring.topk import top_k
-from engine.searcher import Answer, Bars, PartHits, Ranking, Searcher, SearchStats, decide
+from engine.searcher import Answer, PartHits, Searcher, SearchStats
 
 Mode = Literal["warm", "cold"]
 STATE_BYTES = 256 << 10
@@ -73,10 +73,13 @@ class Job(_Wire, frozen=True, kw_only=True):
 
     def vectors(self) -> np.ndarray:
         """float32 (Q, dim)."""
-        flat = np.frombuffer(self.query, "<" + self.query_type)
-        if self.dim < 1 or len(flat) % self.dim:
-            raise InvalidRequest("a job's query does not have its dimension", expected=self.dim, found=len(flat))
-        return flat.reshape(-1, self.dim).astype(np.float32)
+        dtype = np.dtype("<" + self.query_type)
+        if self.dim < 1 or len(self.query) % (self.dim * dtype.itemsize):
+            raise InvalidRequest("a job's query does not have its dimension", expected=self.dim, found_bytes=len(self.query))
+        query = np.frombuffer(self.query, dtype).reshape(-1, self.dim).astype(np.float32)
+        if not np.isfinite(query).all():
+            raise InvalidRequest("a job's query has a value that is not finite")
+        return query
 
 
 class Shard(_Wire, frozen=True, kw_only=True):
@@ -274,22 +277,28 @@ def make_plan(
     )
     sizes = [ref.size_bytes for ref in snapshot.segments]
     needs_ranking = transport.mode == "warm" and any(ref.kind == "quantised" for ref in snapshot.segments)
-    n_shards = max(1, min(transport.shard_count(sum(sizes)), len(sizes)))
+    together = company(snapshot.segments)
+    n_shards = max(1, min(transport.shard_count(sum(sizes)), len(sizes) - max(0, len(together) - 1)))
     if transport.max_state_bytes is not None:
         n_shards = _fitting(job, n_shards, len(sizes), needs_ranking, transport.max_state_bytes)
-    return Plan(job=job, shards=cut(sizes, n_shards), needs_ranking=needs_ranking)
+    return Plan(job=job, shards=cut(sizes, n_shards, together), needs_ranking=needs_ranking)
 
 
-def cut(sizes: Sequence[int], n_shards: int) -> tuple[Shard, ...]:
+def cut(sizes: Sequence[int], n_shards: int, together: Sequence[int] = ()) -> tuple[Shard, ...]:
     """Segments (bytes each) into at most n_shards of about one size: the largest first, each to the shard with the least.
+
+    together  positions that stay in one shard, because they share an exact stage (near.py, company)
 
     A small new segment does not move the larger ones, so processes that keep a shard's segments in memory keep most of them.
     """
     loads, members = [0] * n_shards, [[] for _ in range(n_shards)]  # type: tuple[list[int], list[list[int]]]
-    for position in sorted(range(len(sizes)), key=lambda position: (-sizes[position], position)):
+    groups = [[n] for n in range(len(sizes)) if n not in together]
+    if together:
+        groups.append(list(together))
+    for group in sorted(groups, key=lambda group: (-sum(sizes[n] for n in group), group)):
         lightest = min(range(n_shards), key=loads.__getitem__)
-        loads[lightest] += sizes[position]
-        members[lightest].append(position)
+        loads[lightest] += sum(sizes[n] for n in group)
+        members[lightest] += group
     return tuple(
         Shard(number=number, segments=tuple(sorted(positions)), size_bytes=loads[number])
         for number, positions in enumerate(members)
@@ -393,7 +402,7 @@ async def _opened(reader: Reader, job: Job, shard: Shard) -> tuple[Snapshot, np.
 
 def bars_of(job: Job, rankings: Sequence[Ranked]) -> WireBars:
     """What the shards that ranked decide together. The ranking of a shard that failed is missing: the others then rerank a little more."""
-    found = [Ranking(np.frombuffer(one.approximate, "<f4"), np.frombuffer(one.exact, "<f4")) for one in rankings]
+    found = [Ranking(_array(one.approximate, "<f4"), _array(one.exact, "<f4")) for one in rankings]
     return WireBars.of(decide(found, job.params))
 
 
@@ -420,7 +429,7 @@ async def merged(
     query = plan.job.vectors() if query is None else query
     answer = await searcher.complete(snapshot, found, query, with_rows=with_rows, explain=explain)
     facts = tuple({"shard": one.shard, "error": one.error, "cause": one.cause[:MAX_CAUSE]} for one in failed)
-    return dataclasses.replace(answer, stats=_added([one.stats for one in scored]), failed=facts)
+    return msgspec.structs.replace(answer, stats=_added([one.stats for one in scored]), failed=facts)
 
 
 def _failures(plan: Plan, outcomes: Sequence[Outcome]) -> list[Failed]:
@@ -437,14 +446,21 @@ def _failures(plan: Plan, outcomes: Sequence[Outcome]) -> list[Failed]:
 def best_of(scored: Sequence[Scored], k: int) -> PartHits:
     """The best k hits of all shards: score falling, then document id."""
     once = list({one.shard: one for one in scored}.values())
-    ids = np.concatenate([np.empty(0, np.int64), *(np.frombuffer(one.ids, "<i8") for one in once)])
-    scores = np.concatenate([np.empty(0, np.float32), *(np.frombuffer(one.scores, "<f4") for one in once)])
-    positions = np.concatenate([np.empty(0, np.int64), *(np.frombuffer(one.positions, "<u4").astype(np.int64) for one in once)])
-    ordinals = np.concatenate([np.empty(0, np.int64), *(np.frombuffer(one.ordinals, "<u4").astype(np.int64) for one in once)])
+    ids = np.concatenate([np.empty(0, np.int64), *(_array(one.ids, "<i8") for one in once)])
+    scores = np.concatenate([np.empty(0, np.float32), *(_array(one.scores, "<f4") for one in once)])
+    positions = np.concatenate([np.empty(0, np.int64), *(_array(one.positions, "<u4").astype(np.int64) for one in once)])
+    ordinals = np.concatenate([np.empty(0, np.int64), *(_array(one.ordinals, "<u4").astype(np.int64) for one in once)])
     if not len(ids) == len(scores) == len(positions) == len(ordinals):
         raise CorruptData("a shard's hits differ in number", code="malformed", found=[len(ids), len(scores), len(positions), len(ordinals)])
     best = top_k(scores, k, ids)
     return PartHits(ids[best], scores[best], positions[best], ordinals[best])
+
+
+def _array(data: bytes, dtype: str) -> np.ndarray:
+    """A shard's numbers; CorruptData if the bytes are none. A score may be minus infinity."""
+    if len(data) % np.dtype(dtype).itemsize or (dtype == "<f4" and np.isnan(np.frombuffer(data, dtype)).any()):
+        raise CorruptData("numbers of a shard do not read", code="malformed", dtype=dtype, found=len(data))
+    return np.frombuffer(data, dtype)
 
 
 def _added(stats: Sequence[SearchStats]) -> SearchStats:
@@ -529,7 +545,7 @@ def read(data: bytes | Any, kind: Any) -> Any:
     """A structure from its JSON, or from what a JSON decoder made of it. InvalidRequest if it is none."""
     try:
         return msgspec.json.decode(data, type=kind) if isinstance(data, bytes) else msgspec.convert(data, kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InvalidRequest("not a message of a fan-out", expected=getattr(kind, "__name__", str(kind)), found=str(error)[:200]) from error
 
 

@@ -21,6 +21,8 @@ LAYERS = [
     "engine.store engine.format engine.scoring engine.metadata engine.encoding",
     "engine.index",
     "engine.cold engine.explain",
+    "engine.near",
+    "engine.opening",
     "engine.searcher",
     "engine.evaluate engine.transfer engine.demo engine.fanout",
     "handler",

@@ -12,11 +12,12 @@ from engine.config import SearchParams
 from engine.errors import InvalidRequest
 from engine.scoring import fusion, topk
 from engine.scoring.arrays import Decoder, Postings, Records
+from engine.scoring.brute_force import maxsim, widened
 from engine.scoring.candidates import choose_candidates, probe, rank_documents
 from engine.scoring.cascade import SegmentArrays, StageStats, cascade, finish, finish_together, shortlist
 from engine.scoring.centroid_scores import score_centroids, score_some_centroids
 from engine.scoring.forward import Forward, centroid_maxsim
-from engine.scoring.maxsim import ExactScorer, _widened, best_tokens, exact_ordinals, maxsim
+from engine.scoring.maxsim import ExactScorer, best_tokens, exact_ordinals
 from engine.scoring.rerank import chances, rerank
 from engine.scoring.selection import best_lanes
 
@@ -501,7 +502,7 @@ def test_flat_maxsim_equals_its_twin(dtype, n_query, lengths):
 def test_every_finite_half_is_widened_exactly():
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 64)
-    np.testing.assert_array_equal(_widened(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))
+    np.testing.assert_array_equal(widened(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))
 
 
 def test_flat_maxsim_refuses_another_dimension():

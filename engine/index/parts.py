@@ -10,9 +10,9 @@ import asyncio
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import msgspec
 import numpy as np
 
 from engine.codec.bitpack import row_bytes
@@ -32,6 +32,7 @@ from engine.index.build import column_pairs
 from engine.index.memory import Memory
 from engine.scoring.arrays import Decoder, Postings
 from engine.scoring.arrays import Records as ScoringRecords
+from engine.scoring.brute_force import widened
 from engine.scoring.forward import Forward
 from engine.store.base import Buffer, ObjectStore, Range
 from engine.store.ranges import plan_reads
@@ -47,8 +48,7 @@ MAX_GET_BYTES = 16 << 20
 """Long sections are fetched in pieces of this size side by side: one connection to S3 brings about 80 MB/s."""
 
 
-@dataclass(frozen=True)
-class Hot:
+class Hot(msgspec.Struct, frozen=True):
     """What a search needs of a quantised segment before it looks at single documents; everything but the records.
 
     postings and forward serve stages 2 and 3; sizes says where each record lies; ids int64 (N,) whole document ids
@@ -207,6 +207,16 @@ class Parts:
 
         return await self.memory.get(("flat", segment.id, segment.base), load)
 
+    async def widened(self, index: str, segment: SegmentRef) -> np.ndarray:
+        """The tokens of a flat segment as float32 (T, D): widening them for each search would cost it half as much again."""
+
+        async def load() -> tuple[np.ndarray, int]:
+            tokens = (await self.flat(index, segment)).tokens
+            wide = await self.compute(widened, tokens)
+            return wide, wide.nbytes
+
+        return await self.memory.get(("widened", segment.id), load)
+
     @staticmethod
     def _read_flat(segment: SegmentRef, data: Buffer, name: str) -> Flat:
         dim = segment.section(Section.TOKENS).length // 2 // max(segment.n_tokens, 1)
@@ -242,9 +252,10 @@ class Parts:
         """What `records` would give, if it is in memory."""
         return self.memory.peek(("records", segment.id))
 
-    def quantised_reader(self, index: str, segment: SegmentRef, codec: CodecRef) -> QuantisedReader:
+    @staticmethod
+    def quantised_reader(index: str, segment: SegmentRef, codec: CodecRef) -> QuantisedReader:
         """The reader of a quantised segment's bytes."""
-        return self._quantised_reader(index, segment, codec)
+        return Parts._quantised_reader(index, segment, codec)
 
     @staticmethod
     def _quantised_reader(index: str, segment: SegmentRef, codec: CodecRef | None = None) -> QuantisedReader:

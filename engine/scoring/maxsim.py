@@ -1,4 +1,4 @@
-"""Exact MaxSim: over decoded tokens of a quantised segment (stage 4 of the cascade), and brute force over plain vectors.
+"""Exact MaxSim over decoded tokens of a quantised segment: stage 4 of the cascade. Over plain vectors: brute_force.py.
 
     score(document) = sum over query tokens q of  max over its tokens t of  inv_t * S[code_t, q] + b_t * (levels[buckets_t] . q)
 
@@ -28,7 +28,6 @@ BLOCK_BYTES = 1 << 20
 """Unpacked floats of one block, half of a 2 MiB L2 cache; measured: half or double costs 2 to 5 % more."""
 STEP_ROWS = 20
 """Segmented maxima go position by position if a step has this many rows on average: less does not pay for two calls into numpy."""
-FLAT_BLOCK_TOKENS = 2_048
 
 
 class ExactScorer:
@@ -107,7 +106,7 @@ class ExactScorer:
         full = np.flatnonzero(selection.counts)
         if len(full):
             folded = self._folded(selection)
-            best[order[full]] = _segment_maxima(folded, selection.counts[full] // QUAD)[:, : self.scores.n_tokens]
+            best[order[full]] = segment_maxima(folded, selection.counts[full] // QUAD)[:, : self.scores.n_tokens]
         return best
 
     def _folded(self, selection: Selection) -> np.ndarray:
@@ -156,7 +155,7 @@ class ExactScorer:
         """
         n = len(rows)
         out, factor, centroid_part = buffers[0][:n], buffers[1][:n], buffers[2][:n]
-        _multiply(unpack(self.records.rows, rows, self.decoder), self.operand.matrix, self._piece, out)
+        multiply(unpack(self.records.rows, rows, self.decoder), self.operand.matrix, self._piece, out)
         pairs = self.records.scalars.take(scalars, axis=0, mode="clip")
         if self._bias is not None:
             np.add(out, self._bias[:n], out=out)
@@ -169,7 +168,7 @@ class ExactScorer:
         return out
 
 
-def _multiply(unpacked: np.ndarray, matrix: np.ndarray, piece: int, out: np.ndarray) -> None:
+def multiply(unpacked: np.ndarray, matrix: np.ndarray, piece: int, out: np.ndarray) -> None:
     """out = unpacked @ matrix, in pieces of SMALL_PRODUCT, all but the last in one call."""
     n = len(unpacked)
     whole = n // piece * piece
@@ -180,7 +179,7 @@ def _multiply(unpacked: np.ndarray, matrix: np.ndarray, piece: int, out: np.ndar
         np.matmul(unpacked[whole:], matrix, out=out[whole:])
 
 
-def _segment_maxima(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def segment_maxima(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Maxima over runs of rows: float32 (t, W), counts int64 (n,), all positive -> float32 (n, W).
 
     Position by position over documents by falling count, as stage 3 does; 10 ns a row where reduceat along the slow axis costs 24 and 0.3 µs a run. A run much
@@ -230,67 +229,3 @@ def best_tokens(scores: CentroidScores, records: Records, decoder: Decoder, ordi
     similarities = ExactScorer(scores, records, decoder).similarities(selection)[: selection.n_tokens, : scores.n_tokens]
     winners = similarities.argmax(axis=0)
     return selection.rows[winners] - records.residual_start[ordinal], similarities[winners, np.arange(scores.n_tokens)].copy()
-
-
-def maxsim(query: np.ndarray, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Score documents by MaxSim: every query token finds its best document token; the bests are summed. Brute force, for flat segments.
-
-    query    float32 (Q, D), used as given
-    tokens   float16 or float32 (T, D), finite, the tokens of all documents, end to end
-    offsets  int64 (N + 1,), document n owns tokens[offsets[n]:offsets[n + 1]]
-    returns  float32 (N,); a document without tokens scores -inf
-
-    Cost: Q·T·D multiply-adds; float16 is widened block by block, which costs half as much again. Scratch memory: a block of tokens or the longest
-    document, whichever is more. Raises InvalidRequest if the dimensions differ.
-    Source: Khattab and Zaharia 2020, ColBERT, late interaction (arXiv 2004.12832).
-    """
-    n_query, dim = query.shape
-    if tokens.shape[1] != dim:
-        raise InvalidRequest(
-            "query and documents have different dimensions", code="dimension-mismatch", query=dim, documents=tokens.shape[1]
-        )
-    width = -(-n_query // 16) * 16
-    matrix = np.zeros((dim, width), dtype=np.float32)
-    matrix[:, :n_query] = query.T
-    piece = max(16, SMALL_PRODUCT // (dim * width) // 16 * 16)
-    counts = np.diff(offsets)
-    result = np.full(len(counts), -np.inf, dtype=np.float32)
-    for first, last in _runs(offsets, FLAT_BLOCK_TOKENS):
-        begin, end = int(offsets[first]), int(offsets[last])
-        full = first + np.flatnonzero(counts[first:last])
-        if not len(full):
-            continue
-        block = tokens[begin:end]
-        if block.dtype == np.float16:
-            block = _widened(block)
-        similarities = scratch("maxsim.flat", (end - begin, width), np.float32)
-        _multiply(block, matrix, piece, similarities)
-        best = np.maximum.reduceat(similarities, offsets[full] - begin, axis=0)
-        result[full] = best[:, :n_query].sum(axis=1, dtype=np.float32)
-    return result
-
-
-def _widened(half: np.ndarray) -> np.ndarray:
-    """float16 (t, D), finite, as float32 in scratch memory, exactly. numpy's own conversion takes five times as long.
-
-    Shifted left by 13, exponent and mantissa of a float16 lie where a float32 has them, and only the exponent's bias is wrong, by 112; that holds for
-    subnormal numbers and zero too. The shift carries copies of the sign into the bits in between, so they are masked.
-    """
-    out = scratch("maxsim.widened", half.shape, np.float32)
-    bits = out.view(np.int32)
-    np.copyto(bits, half.view(np.int16))
-    np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, np.int32(-0x70002000), out=bits)  # 0x8FFFE000: the sign, and the 15 bits that moved
-    np.multiply(out, np.float32(2.0**112), out=out)
-    return out
-
-
-def _runs(offsets: np.ndarray, limit: int) -> list[tuple[int, int]]:
-    """Cut documents into runs of at most `limit` tokens (a longer document alone): half-open index pairs."""
-    n = len(offsets) - 1
-    runs, first = [], 0
-    while first < n:
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + limit, side="right")) - 1)
-        runs.append((first, min(last, n)))
-        first = last
-    return runs

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import EngineError, Unavailable
-from engine.scoring.maxsim import maxsim
+from engine.scoring.brute_force import maxsim
 from handler import tracing, wire
 from handler.problems import Problem, bad_request, model_not_loaded
 from handler.routes.endpoint import Call, Endpoint, Reply

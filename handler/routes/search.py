@@ -9,7 +9,6 @@ import asyncio
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,10 +18,11 @@ from engine.config import SearchParams
 from engine.errors import InvalidRequest, LimitExceeded
 from engine.index.reader import Snapshot
 from engine.index.snapshots import generation_at_time
+from engine.opening import Mode
 from engine.scoring.fusion import fuse
-from engine.searcher import Answer, Mode, SearchStats
+from engine.searcher import Answer, SearchStats
 from handler import tracing, wire
-from handler.problems import Problem, bad_request, index_not_found, metadata_not_found
+from handler.problems import Problem, bad_request, index_not_found, metadata_not_found, outward
 from handler.routes.encoding import encode_queries
 from handler.routes.endpoint import Call, Endpoint, Reply
 
@@ -36,8 +36,7 @@ HYBRID_OVERFETCH = 3
 """Each side of a hybrid search gives this many times top_k (NextPlaid's)."""
 
 
-@dataclass(slots=True)
-class _Query:
+class _Query(msgspec.Struct):
     """A search request of any of the four kinds. `vectors` gives float32 (Q, D) each; it is called where API.md converts embeddings."""
 
     n_vectors: int
@@ -317,7 +316,7 @@ def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer
 
 def _with_failed(result: wire.QueryResult, answer: Answer) -> wire.QueryResult:
     if answer.failed:
-        result.failed_shards = [wire.FailedShard(**shard) for shard in answer.failed]
+        result.failed_shards = [wire.FailedShard(**shard | {"cause": outward(shard["cause"])}) for shard in answer.failed]
     return result
 
 
