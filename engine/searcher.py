@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from engine.cold import CodecCells, cells_to_read, read_codec_cells, search_segment
-from engine.config import MAX_QUERY_TOKENS, ColdParams, SearchParams
+from engine.config import MAX_QUERY_TOKENS, MAX_QUERY_VALUE, ColdParams, SearchParams
 from engine.errors import InvalidRequest
 from engine.explain import Match, best_matches
 from engine.format.fields import decode_fields
@@ -236,7 +236,7 @@ class Searcher:
 
     async def _rank_near(self, opened: Opened, query: np.ndarray, params: SearchParams, stats: StageStats) -> list[Ranked]:
         """All stages of segments in memory but the exact one of quantised ones: each large body on a thread, and all that is small on one."""
-        tables, own = await self.parts.compute(centroid_tables, opened.bodies, query)
+        tables, own = await self.parts.compute(centroid_tables, opened.bodies, query, params)
         stats.merge(own)
         large = [body for body in opened.bodies if not body.is_small]
         small = [body for body in opened.bodies if body.is_small]
@@ -337,7 +337,7 @@ class Searcher:
 
 
 def _checked_query(query: np.ndarray, dim: int | None) -> np.ndarray:
-    """float32 (Q, D), finite, or InvalidRequest."""
+    """float32 (Q, D), of values whose scores are finite, or InvalidRequest."""
     array = np.asarray(query, np.float32)
     if array.ndim != 2 or not 1 <= len(array) <= MAX_QUERY_TOKENS:
         raise InvalidRequest(f"a query has 1 to {MAX_QUERY_TOKENS} token vectors", found=array.shape)
@@ -347,6 +347,8 @@ def _checked_query(query: np.ndarray, dim: int | None) -> np.ndarray:
         )
     if not np.isfinite(array).all():
         raise InvalidRequest("a query vector has a value that is not finite")
+    if np.abs(array).max(initial=0) > MAX_QUERY_VALUE:
+        raise InvalidRequest("a query vector has a value so large that scores would overflow", limit=MAX_QUERY_VALUE)
     return np.ascontiguousarray(array)
 
 

@@ -18,6 +18,7 @@ from engine.fanout import FanOut, Mode, Outcome, Plan, Ranked, Scored, Step
 from engine.index.commit import create
 from engine.index.compact import compact
 from engine.index.reader import Reader, Snapshot
+from engine.near import company
 from engine.searcher import Answer, Searcher
 from engine.store.base import ObjectStore
 from engine.store.objects import open_store
@@ -119,6 +120,27 @@ async def test_any_number_of_shards_gives_the_ids_and_scores_of_one_process(
     for n_shards in (1, 2, 3, 5, 8) if name == "default" else (3, 8):
         for one, other in zip(expected, await fanned(store, snapshot, PARAMS[name], mode, n_shards), strict=True):
             same(one, other)
+
+
+async def test_small_segments_stay_with_the_large_one_whose_exact_stage_they_share() -> None:
+    store = open_store("memory://")
+    reader = Reader(store)
+    await create(store, "x", IndexConfig(nbits=4))
+    for first, last in [(0, 300), (300, 320), (320, 350), (350, 360), (360, 460)]:
+        await _add(reader, CORPUS, first, last)
+        if last < 400:
+            await compact(reader, "x", force=True, params=MaintenanceParams(merge_factor=100))
+    await reader.writer("x").delete(np.array([5, 310, 330]))
+    snapshot = await reader.snapshot("x")
+    assert company(snapshot.segments) == (0, 1, 2, 3)
+    subset = np.arange(0, 460, 2)
+    for options in ({}, {"subset": subset}):
+        expected = await alone(store, snapshot, K10, "warm", **options)
+        for n_shards in (1, 2, 5):
+            for one, other in zip(expected, await fanned(store, snapshot, K10, "warm", n_shards, **options), strict=True):
+                same(one, other)
+    plan = fanout.make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 5))
+    assert sorted(shard.segments for shard in plan.shards) == [(0, 1, 2, 3), (4,)]
 
 
 @pytest.mark.parametrize("mode", ["warm", "cold"])

@@ -17,6 +17,7 @@ from engine.scoring.candidates import choose_candidates, probe, rank_documents
 from engine.scoring.cascade import SegmentArrays, StageStats, cascade, finish, finish_together, shortlist
 from engine.scoring.centroid_scores import score_centroids, score_some_centroids
 from engine.scoring.forward import Forward, centroid_maxsim
+from engine.scoring.joined import join, size_bytes
 from engine.scoring.maxsim import ExactScorer, best_tokens, exact_ordinals
 from engine.scoring.rerank import chances, rerank
 from engine.scoring.selection import best_lanes
@@ -480,6 +481,27 @@ def test_segments_finished_together_give_the_best_of_all():
     np.testing.assert_allclose(sorted(np.concatenate([scores for _, scores in together]), reverse=True), apart[:10], atol=1e-5)
     assert [len(o) for o, _ in finish_together(parts, SearchParams(k=0), stats)] == [0, 0, 0]
     assert finish_together([], params, stats) == []
+
+
+def test_joined_segments_score_as_each_by_itself():
+    """Bit for bit, documents without tokens and empty segments included: the approximate scores, the lanes and the exact scores."""
+    lengths = [np.random.default_rng(60).integers(0, 30, 50), (), (0, 4, 0), np.random.default_rng(61).integers(1, 200, 20)]
+    segments = [make_segment(seed=60 + n, lengths=own) for n, own in enumerate(lengths)]
+    segments = [SegmentArrays.of(segments[0].centroids, one.postings, one.records, segments[0].decoder) for one in segments]
+    joined = join(segments)
+    assert joined.n_documents == sum(segment.n_documents for segment in segments)
+    assert size_bytes(joined) > joined.records.rows.nbytes
+    scores = score_centroids(unit(np.random.default_rng(62), 20, 24), joined.centroids)
+    before = np.cumsum([0, *(segment.n_documents for segment in segments)])
+    approximate, lanes = centroid_maxsim(scores, joined.forward)
+    exact = exact_ordinals(scores, joined.records, joined.decoder, np.arange(joined.n_documents))
+    for first, last, segment in zip(before, before[1:], segments, strict=False):
+        alone, own_lanes = centroid_maxsim(scores, segment.forward)
+        np.testing.assert_array_equal(approximate[first:last], alone)
+        np.testing.assert_array_equal(lanes[:, first:last], own_lanes)
+        np.testing.assert_allclose(
+            exact[first:last], exact_ordinals(scores, segment.records, segment.decoder, np.arange(segment.n_documents)), atol=1e-5
+        )
 
 
 # --- brute force ---

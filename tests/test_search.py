@@ -18,6 +18,7 @@ from engine.format import names
 from engine.index.commit import create
 from engine.index.compact import compact
 from engine.index.reader import Reader, Snapshot
+from engine.near import company
 from engine.searcher import Answer, Searcher
 from engine.store.base import ObjectStore
 from engine.store.objects import open_store
@@ -87,6 +88,54 @@ async def test_hits_do_not_depend_on_how_quantised_documents_are_cut() -> None:
     snapshot = await reader.snapshot("x")
     assert len(snapshot.segments) < 4
     assert_same(cut, await answers(reader))
+
+
+async def beside_a_large_one(sizes: list[int]) -> Reader:
+    """An index whose first segment has 300 documents of the corpus, or what the others leave, and the others these many, all of one codec."""
+    reader = Reader(open_store("memory://"))
+    await create(reader.store, "x", IndexConfig(nbits=4))
+    ends = np.cumsum([min(300, len(CORPUS) - sum(sizes)), *sizes]).tolist()
+    for first, last in zip([0, *ends], ends, strict=False):
+        await reader.writer("x").add(*CORPUS.part(first, last), fields=[{"n": n} for n in range(first, last)])
+        await compact(reader, "x", force=True, params=MaintenanceParams(merge_factor=100))
+    return reader
+
+
+async def test_small_segments_beside_a_large_one_answer_as_if_they_were_merged() -> None:
+    """They are searched joined, and share the large one's exact stage; deleted documents, patches and keys are still their own segments'."""
+    reader = await beside_a_large_one([20, 30, 10, 25])
+    assert company((await reader.snapshot("x")).segments) == (0, 1, 2, 3, 4)
+    writer = reader.writer("x")
+    await writer.delete(np.array([4, 301, 302, 330, 360]))
+    await writer.update(np.array([303, 331]), {"n": -1})
+    apart = await answers(reader, with_rows=True, explain=True)
+    for answer in apart:
+        assert all(row["n"] in (-1, document_id) for row, document_id in zip(answer.rows, answer.ids.tolist(), strict=True))
+        assert not set(answer.ids.tolist()) & {4, 301, 302, 330, 360}
+        assert answer.matches is not None
+        assert np.allclose([sum(similarity for *_, similarity in hit) for hit in answer.matches], answer.scores, atol=1e-3)
+    assert {document_id >= 300 for answer in apart for document_id in answer.ids.tolist()} == {True, False}
+    await compact(reader, "x", params=MaintenanceParams(merge_factor=2), force=True)
+    assert len((await reader.snapshot("x")).segments) < 5
+    assert_same(apart, await answers(reader))
+
+
+async def test_what_was_joined_is_let_go_when_another_small_segment_comes() -> None:
+    reader = await beside_a_large_one([20, 20])
+    searcher = Searcher(reader)
+    for first in (340, 350, 360):
+        await searcher.search(await reader.snapshot("x"), CORPUS.queries[:1], K10, mode="warm")
+        assert sum(isinstance(key, tuple) and key[0] == "joined" for key in reader.parts.memory.keys()) == 1  # noqa: SIM118
+        await reader.writer("x").add(*CORPUS.part(first, first + 10))
+        await compact(reader, "x", force=True, params=MaintenanceParams(merge_factor=100))
+
+
+async def test_only_what_is_small_beside_the_largest_keeps_it_company() -> None:
+    reader = await beside_a_large_one([20, 80, 30])
+    segments = (await reader.snapshot("x")).segments
+    assert [segments[n].n_documents for n in company(segments)] == [270, 20, 80, 30]
+    assert [segments[1:][n].n_documents for n in company(segments[1:])] == [80, 20, 30]
+    assert company(segments[:1]) == company(()) == ()
 
 
 async def test_a_cold_search_that_reads_everything_finds_what_a_warm_one_finds() -> None:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 from cachetools import LRUCache
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(msgspec.Struct, frozen=True):
     value: Any
     size_bytes: int
 
@@ -74,6 +73,10 @@ class Memory:
         if size_bytes <= self.budget_bytes:
             self._entries[key] = entry
         return value
+
+    def keys(self) -> list[Hashable]:
+        """What is here."""
+        return list(self._entries)
 
     def forget(self, key: Hashable) -> None:
         self._entries.pop(key, None)
