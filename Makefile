@@ -3,8 +3,9 @@
 #   PYTHON   interpreter to build .venv with, 3.11 or newer      make run PYTHON=python3.13
 #   PORT     where `make run` serves                             make run PORT=9000
 #   ARGS     more arguments for pytest or the benchmarks         make test ARGS="-k search"
-#   SEED     of `make simulate`, `crash`, `linear`; STEPS, SECONDS: for how long                make crash SECONDS=300
+#   SEED     of `make simulate`, `crash`, `linear`, `soak`; STEPS, SECONDS: for how long                make crash SECONDS=300
 #   VECTORS  folder of a collection for `make bench`             make bench VECTORS=data/scifact
+#   DOCUMENTS  of `make scale`                                    make scale DOCUMENTS=1000000
 
 PYTHON ?= python3
 PORT ?= 8080
@@ -15,14 +16,14 @@ VECTORS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := engine handler tests benchmarks
+SOURCES := engine handler infra tests benchmarks
 # uv sets up in seconds where pip takes a minute; the result is the same.
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 # One BLAS thread a worker: parallelism is across segments and requests.
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test torture simulate crash linear monitoring types fmt lint check layers bench golden clean
+.PHONY: help run test torture simulate crash linear soak overload fuzz monitoring types fmt lint check layers bench scale golden clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,16 @@ crash: .stamp-dev ## kill real processes over a directory and an S3 server: make
 linear: .stamp-dev ## record histories through three servers, which are killed now and then, and check that they are linearizable: make linear SECONDS=60
 	PYTHONPATH=.:tests $(BIN)/python -m linearizability --seconds $(SECONDS) --kill-every-s 3 --seed $(SEED) $(ARGS)
 
+TARGET ?=
+fuzz: .stamp-dev ## fuzz every decoder, or one: make fuzz SECONDS=600 [TARGET=manifest SEED=7] (docs/fuzzing.md; guided by coverage where atheris is installed)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(if $(TARGET),--target $(TARGET)) $(ARGS)
+
+soak: .stamp-dev ## mixed load on two servers: nothing wrong, nothing grows: make soak SECONDS=3600 [ARGS="--store directory"] (docs/load.md)
+	PYTHONPATH=.:tests $(BIN)/python -m soak --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+overload: .stamp-dev ## one server, offered four times what it can do (docs/load.md)
+	PYTHONPATH=.:tests $(BIN)/python -m soak.overload $(ARGS)
+
 monitoring: .stamp-dev ## provoke every alarm against a real Prometheus and ask every panel of the dashboard (needs prometheus, promtool)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_monitoring.py $(ARGS)
 
@@ -73,6 +84,10 @@ check: lint types layers ## lint, types, and the rules of the house
 bench: .stamp-bench ## measure against peers: make bench VECTORS=folder [ARGS="--nbits 4,2 --sweep"]
 	@test -n "$(VECTORS)" || { echo "make bench wants VECTORS=folder, see benchmarks/README.md"; exit 2; }
 	$(BIN)/python -m benchmarks.run --vectors $(VECTORS) $(ARGS)
+
+DOCUMENTS ?= 20000
+scale: .stamp-dev ## ingest, search, delete, compact and verify at size: make scale DOCUMENTS=1000000 (docs/scale.md)
+	$(BIN)/python -m benchmarks.scale --documents $(DOCUMENTS) --work data/scale/$(DOCUMENTS) $(ARGS)
 
 golden: .stamp-dev ## write the bytes of a new format version; refuses to touch old ones
 	$(BIN)/python -m tests.golden.make

@@ -6,7 +6,8 @@
 import        CPU and wall time of `import handler.lambda_http` in a new process (application made, routes registered), against
               `import numpy, litestar` alone; the two take turns, so that a busy machine troubles both alike
 first answer  from the start of the process until the handler has returned the answer to an HTTP API event, which must name the right
-              document; once the index is named in TARTAN_WARM (CURRENT is asked for while modules load), once not
+              document; once the index is named in TARTAN_WARM (CURRENT, then what every search reads, is asked for while modules
+              load), once not. Requests and bytes are those of the process, rounds those of the invocation
 warm          an invocation with the index in memory and the store in a folder beside it, less the engine's own time (explain): what handler,
               application and Mangum add; and the same through the runtime emulator, which adds itself, where it is installed
 
@@ -46,10 +47,12 @@ _ANSWER = """
 import json, sys, time
 from handler.lambda_http import handler
 event = json.load(open(sys.argv[1]))
-answer = handler(event, None)
+with handler.runtime.counting.window() as cost:
+    answer = handler(event, None)
 first = time.time()
-found = json.loads(answer["body"])
-print(json.dumps({"ended": first, "status": answer["statusCode"], "found": found}))
+total = handler.runtime.counting.total
+told = {"rounds": cost.rounds, "requests": total.n_requests, "bytes": total.bytes_read}
+print(json.dumps({"ended": first, "status": answer["statusCode"], "found": json.loads(answer["body"]), "cost": told}))
 """
 _WARM = """
 import json, sys, time
@@ -167,11 +170,11 @@ def measure_imports(n_runs: int) -> dict[str, Any]:
     }
 
 
-def search_event(index: str, query: np.ndarray) -> dict[str, Any]:
+def search_event(index: str, query: np.ndarray, *, explain: bool = False) -> dict[str, Any]:
     event: dict[str, Any] = json.loads((ROOT / "tests/events/http_v2.json").read_text())
     path = f"/indices/{index}/search"
     event["rawPath"] = event["requestContext"]["http"]["path"] = path
-    event["body"] = json.dumps({"queries": [{"embeddings": query.tolist()}], "params": {"top_k": 10}, "explain": True})
+    event["body"] = json.dumps({"queries": [{"embeddings": query.tolist()}], "params": {"top_k": 10}, "explain": explain})
     return event
 
 
@@ -195,13 +198,12 @@ def first_answer(folder: Path, index: str, event: Path, expected: int, seed: int
     result = told["found"]["results"][0] if told["status"] == 200 else None
     if result is None or result["document_ids"][0] != expected:
         raise RuntimeError(f"a wrong first answer: {told}")
-    cost = result["explain"]["cost"]
-    return {"s": told["ended"] - began, **{name: cost[name] for name in ("rounds", "requests", "bytes")}}
+    return {"s": told["ended"] - began, **told["cost"]}
 
 
 def warm_overheads(folder: Path, index: str, query: np.ndarray, n_calls: int) -> dict[str, Any]:
     """Median milliseconds of warm invocations, of the engine within, and of the difference."""
-    search = search_event(index, query)
+    search = search_event(index, query, explain=True)
     warm = json.loads(json.dumps(search))
     warm["rawPath"] = warm["requestContext"]["http"]["path"] = f"/indices/{index}/warm"
     told: dict[str, Any] = {}

@@ -3,6 +3,7 @@
     python -m benchmarks.tuning --vectors FOLDER [--beir FOLDER] --json results/tuning.json [--parts search,probe,...] [--plot docs/img]
 
     search     n_full_scores from hasty to thorough, at 1, 2 and 4 bits; and the presets
+    presets    the presets at 4 bits alone: with --held-out 80 on queries that nothing was chosen on
     probe      n_ivf_probe, and centroid_score_threshold, where only a tenth of the documents may be candidates
     pooling    one token vector kept in 1, 2, 3; with relevance where there are judgements
     top_k      hits asked for
@@ -104,10 +105,20 @@ def search(s: Setting) -> list[Line]:
         for n in RERANKED:
             engine.configure(n_probe=8, n_candidates=max(1024, 4 * n), n_rerank=n)
             lines.append({"nbits": nbits, "bytes_per_token": size, "n_full_scores": 4 * n, "n_rerank": n, **measured(engine.search, s)})
-        for name, preset in PRESETS.items():
-            for k in (10, K):
-                engine.configure(**preset)
-                lines.append({"nbits": nbits, "bytes_per_token": size, "preset": name, "k": k, **measured(engine.search, s, k)})
+        lines += [{"nbits": nbits, "bytes_per_token": size, **line} for line in _presets(engine, s)]
+    return lines
+
+
+def presets(s: Setting) -> list[Line]:
+    return _presets(opened(s, 4), s)
+
+
+def _presets(engine: TartanEngine, s: Setting) -> list[Line]:
+    lines = []
+    for name, preset in PRESETS.items():
+        for k in (10, K):
+            engine.configure(**preset)
+            lines.append({"preset": name, "k": k, **measured(engine.search, s, k)})
     return lines
 
 
@@ -248,7 +259,9 @@ def _never_changes(name: str) -> bool:
     return not name.endswith(names.CURRENT)
 
 
-PARTS: dict[str, Callable[[Setting], list[Line]]] = {part.__name__: part for part in (search, probe, pooling, top_k, threads, cache)}
+PARTS: dict[str, Callable[[Setting], list[Line]]] = {
+    part.__name__: part for part in (search, presets, probe, pooling, top_k, threads, cache)
+}
 
 
 # Plots
@@ -323,12 +336,21 @@ def _draw_cache(axes: Any, lines: list[Line]) -> None:
         one.set(xlabel="disk cache, % of the index", ylabel=label, ylim=(0, None))
 
 
+def _after(vectors: Vectors, n: int) -> Vectors:
+    """Without the first n queries. Judgements are not carried over."""
+    if n == 0:
+        return vectors
+    first = vectors.query_offsets[n]
+    return replace(vectors, queries=vectors.queries[first:], query_offsets=vectors.query_offsets[n:] - first, qrels=None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description="what the knobs do, one at a time")
     parser.add_argument("--vectors", type=Path, required=True, help="folder of token vectors (benchmarks/collections.py)")
     parser.add_argument("--beir", type=Path, help="folder with qrels.tsv, if it is not in --vectors")
     parser.add_argument("--documents", type=int)
     parser.add_argument("--queries", type=int, default=80)
+    parser.add_argument("--held-out", type=int, default=0, metavar="N", help="the first N queries are left out, and the next ones asked")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--parts", default="", help=f"of {', '.join(PARTS)}; none only draws, or builds")
     parser.add_argument("--build", action="store_true", help="only build what the parts need")
@@ -336,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
     a = parser.parse_args(arguments)
-    vectors = load(a.vectors, n_documents=a.documents, n_queries=a.queries, beir=a.beir)
+    vectors = _after(load(a.vectors, n_documents=a.documents, n_queries=a.held_out + a.queries, beir=a.beir), a.held_out)
     work = a.work / f"{vectors.name}-{vectors.n_documents}"
     work.mkdir(parents=True, exist_ok=True)
     s = Setting(vectors, true_answers(vectors, K, work), work, a.rounds)

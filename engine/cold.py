@@ -17,21 +17,21 @@ import asyncio
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 
 from engine.config import ColdParams, SearchParams
 from engine.format import names
 from engine.format.codec_object import CodecHead, cell_ranges, head_range, read_cells, read_head
 from engine.format.envelope import Section
-from engine.format.manifest import CodecRef, SegmentRef
+from engine.format.manifest import CodecRef, Manifest, SegmentRef
 from engine.format.records import Records, Sizes, ids_of_records
 from engine.format.segment import QuantisedReader
 from engine.index.parts import Parts, scoring_records
 from engine.scoring.arrays import Decoder, Postings
-from engine.scoring.candidates import choose_candidates, probe, rank_documents
+from engine.scoring.candidates import choose_candidates, distinct, probe, rank_documents
 from engine.scoring.cascade import StageStats
 from engine.scoring.centroid_scores import CentroidScores, score_some_centroids
 from engine.scoring.maxsim import exact_ordinals
@@ -45,8 +45,7 @@ MAX_CELL_GET_BYTES = 4 << 20
 SAMPLED_SEGMENTS = 4
 
 
-@dataclass(frozen=True)
-class CodecCells:
+class CodecCells(msgspec.Struct, frozen=True):
     """What a query has read of a codec: the cells its tokens fall into, and how to decode."""
 
     ref: CodecRef
@@ -68,7 +67,7 @@ class CodecCells:
         table = scores.table.copy()
         unknown = ~scores.known
         table[unknown, : len(query)] = coarse[unknown]
-        return replace(scores, table=table, known=None)
+        return msgspec.structs.replace(scores, table=table, known=None)
 
     @property
     def decoder(self) -> Decoder:
@@ -76,8 +75,7 @@ class CodecCells:
         return Decoder(head.levels, head.inv_table, head.scale_table, self.ref.dim, self.ref.nbits)
 
 
-@dataclass(frozen=True)
-class ColdHits:
+class ColdHits(msgspec.Struct, frozen=True):
     """The best documents of one segment, best first: ids int64 (n,), scores float32 (n,), ordinals int64 (n,); hit i is records[rows[i]]."""
 
     ids: np.ndarray
@@ -146,8 +144,42 @@ def _read_codec_cells(ref: CodecRef, cells: np.ndarray, blocks: Sequence[Buffer]
     return CodecCells(ref, cells, codes, centroids, head)
 
 
-@dataclass(frozen=True)
-class PostingBlocks:
+def reads_ahead(manifest: Manifest, index: str, cold: ColdParams, max_bytes: int) -> list[tuple[str, list[Range]]]:
+    """What every search of an index that is not in memory reads, whatever is asked, in the same requests: names of objects, and the ranges
+    of each (none: the whole object).
+
+    Flat and small segments whole, tombstones, and of other segments the cells with their codec, as long as all cells are read. The rest depends on the
+    query. In the order of the manifest, until max_bytes are reached.
+    """
+    reads: dict[str, list[Range]] = {}
+    left = max_bytes
+    for segment in manifest.segments:
+        for name, ranges in _reads_of(manifest, index, segment, cold).items():
+            n_bytes = sum(end - start for start, end in ranges)
+            if name not in reads and n_bytes <= left:
+                reads[name], left = ranges, left - n_bytes
+    return list(reads.items())
+
+
+def _reads_of(manifest: Manifest, index: str, segment: SegmentRef, cold: ColdParams) -> dict[str, list[Range]]:
+    name, dead = names.segment(segment.home or index, segment.id), segment.tombstones
+    reads: dict[str, list[Range]] = {} if dead is None else {names.tombstones(dead.home or index, dead.id): []}
+    if segment.kind == "flat":
+        return {**reads, name: [(0, segment.size_bytes)]}
+    codec = manifest.codec_of(segment)
+    of_codec = names.codec(codec.home or index, codec.id)
+    reader = Parts.quantised_reader(index, segment, codec)
+    if segment.size_bytes + codec.size_bytes <= cold.max_bytes:
+        records = segment.section(Section.RECORDS)
+        return {**reads, of_codec: [(0, codec.size_bytes)], name: [reader.hot_range, (records.offset, records.end)]}
+    cells = np.arange(codec.n_cells)
+    own = [ref for ref in manifest.segments if ref.codec == codec.id]
+    if _cell_bytes(cells, codec, own, cold) > cold.max_cell_bytes * len(own):
+        return reads
+    return {**reads, of_codec: list(plan_codec(codec, cells, cold).gets), name: list(plan_postings(reader, cells, cold, True).gets)}
+
+
+class PostingBlocks(msgspec.Struct, frozen=True):
     """Posting lists of some cells as they were fetched, not decoded: block i is that of cells[i]."""
 
     reader: QuantisedReader
@@ -159,7 +191,7 @@ class PostingBlocks:
 
         Cost: 9 ns a posting, 2 ns one of another list of the same cells, and 20 us a cell.
         """
-        holders = np.unique(np.searchsorted(self.reader.cell_offsets, codes, side="right") - 1)
+        holders = distinct(np.searchsorted(self.reader.cell_offsets, codes, side="right") - 1)
         places = np.searchsorted(self.cells, holders)
         wanted = np.zeros(n_centroids, bool)
         wanted[codes] = True
@@ -175,18 +207,22 @@ async def read_posting_blocks(
     """Fetch the posting lists of some cells, and where each record lies unless that is known: one round."""
     reader = parts.quantised_reader(index, segment, ref)
     sizes = parts.known_sizes(segment)
-    section = segment.section(Section.SIZES)
-    place = [(section.offset, section.end)] if sizes is None else []
-    plan = plan_reads([*place, *reader.posting_ranges(cells)], _policy(cold.max_cell_gets))
+    plan = plan_postings(reader, cells, cold, sizes is None)
     found = plan.slice(await parts.read_exactly(reader.name, plan.gets))
     if sizes is None:
-        sizes = await parts.compute(reader.sizes, found[0])
+        sizes = await parts.compute(reader.sizes, found.pop(0))
         await parts.keep_sizes(segment, sizes)
-    return PostingBlocks(reader, cells, found[len(place) :]), sizes, plan
+    return PostingBlocks(reader, cells, found), sizes, plan
 
 
-@dataclass(frozen=True)
-class Window:
+def plan_postings(reader: QuantisedReader, cells: np.ndarray, cold: ColdParams, with_sizes: bool) -> ReadPlan:
+    """What to ask for of a segment: where its records lie, if that is not known, then the posting lists of the cells."""
+    section = reader.ref.section(Section.SIZES)
+    place = [(section.offset, section.end)] if with_sizes else []
+    return plan_reads([*place, *reader.posting_ranges(cells)], _policy(cold.max_cell_gets))
+
+
+class Window(msgspec.Struct, frozen=True):
     """A run of neighbouring documents that one request brings: ordinals first to last, half-open."""
 
     first: int
@@ -234,8 +270,7 @@ def window_range(reader: QuantisedReader, sizes: Sizes, window: Window) -> Range
     return start + int(sizes.starts[window.first]), start + int(sizes.starts[window.last])
 
 
-@dataclass(frozen=True)
-class Allowance:
+class Allowance(msgspec.Struct, frozen=True):
     """What a segment's records may still cost."""
 
     max_gets: int

@@ -16,6 +16,8 @@ from engine.errors import InvalidRequest
 NBITS = (1, 2, 4, 8)
 MAX_DIM = 4096
 MAX_QUERY_TOKENS = 1024
+MAX_QUERY_VALUE = 1e15
+"""Of a query's vectors, which are used as given: squares of such values, summed over 4,096 dimensions and 1,024 tokens, stay far from the end of float32."""
 MAX_DOCUMENT_TOKENS = 65_535
 MAX_SEGMENT_DOCUMENTS = 65_536
 """A posting is a uint16 ordinal, so a quantised segment holds at most this many documents."""

@@ -11,8 +11,9 @@ What a query takes stands in `MEASURED`, with the command that measured it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Literal
+
+import msgspec
 
 from engine.errors import InvalidRequest
 
@@ -26,8 +27,7 @@ FREE_EPHEMERAL_MB = 512
 Architecture = Literal["arm64", "x86_64"]
 
 
-@dataclass(frozen=True)
-class Prices:
+class Prices(msgspec.Struct, frozen=True):
     """One region. The defaults are us-east-1.
 
     s3_*            per request (PUT also stands for LIST), and a GB-month of standard storage; GETs from within the region carry free transfer
@@ -75,10 +75,10 @@ PRICES: dict[str, Prices] = {
     row.region: row
     for row in (
         _US_EAST_1,
-        replace(_US_EAST_1, region="us-east-2"),
-        replace(_US_EAST_1, region="us-west-2"),
-        replace(_US_EAST_1, region="eu-west-1", http_api=1.11e-6, alb_hour=0.0252),
-        replace(
+        msgspec.structs.replace(_US_EAST_1, region="us-east-2"),
+        msgspec.structs.replace(_US_EAST_1, region="us-west-2"),
+        msgspec.structs.replace(_US_EAST_1, region="eu-west-1", http_api=1.11e-6, alb_hour=0.0252),
+        msgspec.structs.replace(
             _US_EAST_1,
             region="eu-central-1",
             s3_get=0.43e-6,
@@ -92,7 +92,7 @@ PRICES: dict[str, Prices] = {
             fargate_x86_64_gb_hour=0.00511,
             alb_hour=0.027,
         ),
-        replace(
+        msgspec.structs.replace(
             _US_EAST_1,
             region="ap-northeast-1",
             s3_get=0.37e-6,
@@ -127,8 +127,7 @@ def prices_near(region: str) -> Prices:
 # One call
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """What something took. memory_mb 0 means that seconds are paid by the hour elsewhere (a container)."""
 
     n_gets: float = 0.0
@@ -168,15 +167,14 @@ class Usage:
 
     def times(self, n: float) -> Usage:
         """n calls like this one."""
-        names = [name for name in self.__dataclass_fields__ if name not in ("memory_mb", "ephemeral_mb")]
-        return replace(self, **{name: n * getattr(self, name) for name in names})
+        names = [name for name in self.__struct_fields__ if name not in ("memory_mb", "ephemeral_mb")]
+        return msgspec.structs.replace(self, **{name: n * getattr(self, name) for name in names})
 
 
 # A month
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True):
     """What queries took where they were measured; every field can be given on the command line (docs/cost.md, docs/sizing.md).
 
     bytes_per_token      stored, by nbits, centroids included: benchmarks.sizing
@@ -221,8 +219,7 @@ MEASURED = Measured()
 SEGMENT_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(msgspec.Struct, frozen=True):
     """What is asked. hit_rate: share of queries that meet a process with the index in memory; the others are read cold.
     adds_per_day: requests that add documents (three PUTs each). peak: busiest hour over the average."""
 
@@ -256,8 +253,7 @@ class Workload:
         return self.n_documents * self.tokens_per_document
 
 
-@dataclass(frozen=True)
-class Container:
+class Container(msgspec.Struct, frozen=True):
     """Fargate tasks behind a load balancer. max_queries_per_day: what they carry at the workload's peak."""
 
     n_tasks: int
@@ -271,8 +267,7 @@ class Container:
         return sum(self.usd_items.values())
 
 
-@dataclass(frozen=True)
-class Month:
+class Month(msgspec.Struct, frozen=True):
     """The estimate. cheaper_from: queries a day from which the container costs less; None if it never does. fits: whether the
     function's memory holds the index, without which no query is warm."""
 

@@ -7,8 +7,8 @@ with what measures it. It is meant to be right and bounded in memory; benchmarks
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from engine.errors import InvalidRequest
@@ -21,8 +21,7 @@ ABSENT = -1
 """In a row of found ids: there was no further document."""
 
 
-@dataclass(frozen=True, slots=True)
-class Qrels:
+class Qrels(msgspec.Struct, frozen=True):
     """Judgements, ragged by query: ids int64 (J,), gains float64 (J,) of which those > 0 are relevant, offsets int64 (queries + 1,)."""
 
     ids: np.ndarray

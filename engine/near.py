@@ -216,9 +216,7 @@ def centroid_tables(bodies: Sequence[Body], query: np.ndarray, params: SearchPar
     return tables, stats
 
 
-def rank(
-    flat: Sequence[Segment], bodies: Sequence[Body], tables: dict[str, Table], query: np.ndarray, params: SearchParams
-) -> Ranked:
+def rank(flat: Sequence[Segment], bodies: Sequence[Body], tables: dict[str, Table], query: np.ndarray, params: SearchParams) -> Ranked:
     """All stages but the exact one of the bodies."""
     stats = StageStats()
     hits = [_brute_force(segment, query, params.k, stats) for segment in flat]

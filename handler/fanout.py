@@ -106,9 +106,9 @@ def read_outcomes(items: Sequence[dict[str, Any]]) -> list[Outcome]:
 
 def read_failed(item: dict[str, Any]) -> Failed:
     """The platform's account of a failed task; a Lambda's cause is JSON."""
-    return Failed(
-        shard=item["shard"], segments=tuple(item.get("segments", ())), error=str(item["error"]), cause=_reason(str(item.get("cause", "")))
-    )
+    plain = {"shard": item.get("shard"), "segments": item.get("segments", ())}
+    failed: Failed = fanout.read({**plain, "error": str(item["error"]), "cause": _reason(str(item.get("cause", "")))}, Failed)
+    return failed
 
 
 def failed_execution(error: str, cause: str) -> EngineError:

@@ -1,6 +1,7 @@
 """The function behind API Gateway (REST v1, HTTP API v2), a function URL or an ALB: Mangum around the same application.
 
-    module import     settings; CURRENT of the indices in TARTAN_WARM is asked for (a thread); then numpy, litestar and the routes are imported
+    module import     settings; CURRENT of the indices in TARTAN_WARM is asked for (a thread); numpy and the engine are imported; what every
+                      search of those indices reads is asked for (the same thread), into the cache in /tmp; litestar and the routes are imported
     first invocation  store, reader and caches are made; they live as long as the process, through every freeze
     invocation        the event's size is checked, the application answers, the answer's size is checked
 
@@ -36,6 +37,8 @@ ENVELOPE_BYTES = 64 << 10
 ANSWER_RESERVE_S = 0.5
 """Before the function's time is up: enough to answer 408, which a killed function cannot."""
 EARLY_READ_WAIT_S = 2.0
+EARLY_READ_BYTES = 16 << 20
+"""For each index: the cells of three full segments. A process that answers no search has paid for a few requests in vain."""
 CLOCK_JUMP_S = 1.0
 TEXT_TYPES = ["text/", "application/json", "application/x-ndjson", "application/vnd.oai.openapi"]
 """Answers of these types travel as text if they are UTF-8 (compressed ones are not); all others in base64."""
@@ -52,6 +55,9 @@ class LambdaHandler:
     def __init__(self, settings: Settings, *, runtime: Runtime | None = None) -> None:
         self.runtime = runtime or Runtime(settings)
         self._early = _EarlyReads(self.runtime)
+        import engine.cold  # noqa: F401  what the thread wants next; it imports nothing itself, so that two threads never wait for one module
+
+        self._early.engine_is_there()
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
         from mangum import Mangum
@@ -64,14 +70,33 @@ class LambdaHandler:
 
     def warm_up(self) -> None:
         """Bring the indices of TARTAN_WARM and the model into memory."""
+        self._early.hand_over()
         self._loop.run_until_complete(self.runtime.warm_up())
 
     def __call__(self, event: dict[str, Any], context: Any) -> dict[str, Any]:
         """Answer one event. RuntimeError for an event that is no HTTP request."""
         asyncio.set_event_loop(self._loop)
+        try:
+            gateway, cycle = self._read(event, context)
+        except ValueError:
+            return _unreadable()  # a Host with two colons, a port that is no number, no base64: the client's, passed on by its gateway
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise RuntimeError(f"this is no event of an HTTP request: {type(error).__name__} {error}"[:200]) from error
         self._early.hand_over()
         self._notice_freeze()
-        return self._mangum(event, context)
+        answer: dict[str, Any] = gateway(cycle(self._mangum.app))
+        return answer
+
+    def _read(self, event: Any, context: Any) -> tuple[Any, Any]:
+        """What Mangum does first of all, here, where what it raises can be told apart: the gateway, and the request ready to be run."""
+        from mangum.protocols import HTTPCycle
+
+        gateway = self._mangum.infer(event, context)
+        scope = gateway.scope
+        if not isinstance(scope["method"], str) or not isinstance(scope["path"], str) or not isinstance(event["requestContext"], dict):
+            raise TypeError("method, path or context")
+        scope["path"].encode()
+        return gateway, HTTPCycle(scope, gateway.body)
 
     def _notice_freeze(self) -> None:
         """A machine may be stopped without its monotonic clock noticing; then ages by that clock are too small."""
@@ -82,33 +107,57 @@ class LambdaHandler:
 
     def close(self) -> None:
         """For tests: Lambda never ends a process politely."""
-        self.runtime.close()
-        self._loop.close()
+        if not self._loop.is_closed():  # by a test runner that thought the current loop its own
+            self._loop.run_until_complete(self.runtime.aclose())
+            self._loop.close()
 
 
 class _EarlyReads:
-    """CURRENT of the indices that the settings name, asked for while the modules are still being imported.
+    """CURRENT of the indices that the settings name, then what every search of them reads, asked for while modules are still being imported.
 
-    It also opens the connection that the first request will use. What comes of it is no proof of anything when the first invocation begins,
-    which may be hours later: it is remembered as known, never as fresh.
+    It also opens connections that the first request will use. What comes of CURRENT is no proof of anything when the first invocation begins,
+    which may be hours later: it is remembered as known, never as fresh. The other objects never change; they go to the cache of the store's bytes,
+    or, if there is none, are not read.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._found: dict[str, Object] = {}
+        self._engine = threading.Event()
         self._thread: threading.Thread | None = None
         if runtime.settings.warm:
+            runtime.store  # noqa: B018  made by one thread
             self._thread = threading.Thread(target=lambda: asyncio.run(self._read()), daemon=True)
             self._thread.start()
+
+    def engine_is_there(self) -> None:
+        """The modules that plan reads are imported."""
+        self._engine.set()
 
     async def _read(self) -> None:
         await asyncio.gather(*(self._read_one(index) for index in self._runtime.settings.warm))
 
     async def _read_one(self, index: str) -> None:
         try:
-            self._found[index] = await self._runtime.counting.get(names.current(index))
+            found = self._found[index] = await self._runtime.counting.get(names.current(index))
+            if self._runtime.settings.cache_dir and not is_started_ahead():  # else whole indices are brought into memory
+                await asyncio.to_thread(self._engine.wait)
+                await self._fill_cache(index, found)
         except EngineError:
             pass  # the request that needs it will meet the same failure, and report it
+
+    async def _fill_cache(self, index: str, current: Object) -> None:
+        from engine.cold import reads_ahead
+        from engine.config import ColdParams
+        from engine.format.manifest import decode_manifest
+        from engine.store.cache import CachedStore
+
+        store = self._runtime.store
+        assert isinstance(store, CachedStore)
+        manifest = decode_manifest(current.data, name=names.current(index))
+        reads = reads_ahead(manifest, index, ColdParams(), EARLY_READ_BYTES)
+        await asyncio.gather(*(store.get_ranges(name, ranges) if ranges else store.get(name) for name, ranges in reads))
+        await store.settle()
 
     def hand_over(self) -> None:
         """Give the reader what was found; at the first invocation, which may have to wait for it."""
@@ -155,14 +204,14 @@ class _Bounded:
                 await answer.pass_on(send)
 
     async def _refuse(self, scope: _Scope, send: _Send, problem: Problem, start: _Message | None = None) -> None:
-        given = dict((start or {}).get("headers", []))
-        given.update((key.lower(), value) for key, value in scope["headers"] if key.lower() == b"x-request-id")
-        request_id = given.get(b"x-request-id", b"")
-        self._runtime.log.warning("refused", request_id=request_id.decode("latin-1"), status=problem.status, error_code=problem.code)
+        from handler.app import request_id_of
+
+        answered = dict((start or {}).get("headers", []))  # the application's own id, if it came so far
+        request_id = request_id_of(answered or dict(scope["headers"]))
+        self._runtime.log.warning("refused", request_id=request_id, status=problem.status, error_code=problem.code)
         body = problem.body()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if request_id:
-            headers.append((b"x-request-id", request_id))
+        headers += [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
         if self._runtime.settings.cors:
             headers += [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
@@ -220,6 +269,20 @@ class _Answer:
         assert self.start is not None
         await send(self.start)
         await send({"type": "http.response.body", "body": b"".join(self._chunks), "more_body": False})
+
+
+def _unreadable() -> dict[str, Any]:
+    """The answer to a request whose headers, path or body do not decode, in the form of every gateway at once."""
+    problem = Problem("BAD_REQUEST", "the request's headers, path or body cannot be read")
+    headers = {"content-type": "application/json"}
+    many = {name: [value] for name, value in headers.items()}
+    return {
+        "statusCode": problem.status,
+        "headers": headers,
+        "multiValueHeaders": many,
+        "body": problem.body().decode(),
+        "isBase64Encoded": False,
+    }
 
 
 def json_bytes(text: str | bytes) -> int:

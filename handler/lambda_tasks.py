@@ -15,13 +15,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from engine import fanout
-from engine.config import SearchParams
+from engine.config import INDEX_NAME, MAX_DIM, MAX_QUERY_TOKENS, SearchParams
 from engine.errors import EngineError, InvalidRequest, LimitExceeded
 from engine.fanout import Plan, Ranked, Step
 from handler.runtime import Runtime, Settings
@@ -31,18 +31,27 @@ MIN_SHARE_S = 1.0
 """A share goes on until half of the invocation's time is over, so that the segment begun last has the other half."""
 MAINTENANCE_SHARE = 0.6
 DEFAULT_REMAINING_S = 900.0
+STEPS = {"shard": ("rank", "score"), "coordinate": ("plan", "decide", "merge"), "build": ("prepare", "input", "finish")}
+
+
+Name = Annotated[str, msgspec.Meta(pattern=rf"\A{INDEX_NAME.pattern}\Z")]
+BuildId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+"""As joint.build_id makes them: nothing else may come into an object's name, or be looked for in the history."""
+Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
 
 class SearchAsked(msgspec.Struct, forbid_unknown_fields=True):
     """A search that comes straight to the state machine."""
 
-    index: str
+    index: Name
     query: list[list[float]]
     params: SearchParams = SearchParams()
-    subset: list[int] | None = None
+    subset: list[Id] | None = None
     condition: str | None = None
     parameters: list[Any] = []
-    generation: int | None = None
+    generation: Count | None = None
     mode: fanout.Mode = "cold"
     allow_partial: bool = False
     with_rows: bool = True
@@ -51,7 +60,7 @@ class SearchAsked(msgspec.Struct, forbid_unknown_fields=True):
 class BuildAsked(msgspec.Struct, forbid_unknown_fields=True):
     """A bulk build. inputs: s3://bucket/prefix (or a directory). nbits and tokenizer: of an index that is not there yet. columns: name -> INTEGER, REAL or TEXT."""
 
-    index: str
+    index: Name
     inputs: str
     nbits: int | None = None
     tokenizer: str | None = None
@@ -59,8 +68,8 @@ class BuildAsked(msgspec.Struct, forbid_unknown_fields=True):
     pool_factor: int | None = None
     without: list[str] = []
     columns: dict[str, str] = {}
-    segment_documents: int | None = None
-    segment_bytes: int | None = None
+    segment_documents: Size | None = None
+    segment_bytes: Size | None = None
 
 
 class BuildPlan(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,6 +77,40 @@ class BuildPlan(msgspec.Struct, forbid_unknown_fields=True):
 
     asked: BuildAsked
     inputs: list[Any]
+
+
+class InputAsked(msgspec.Struct):
+    index: Name
+    build: BuildId
+    number: Count
+
+
+class FinishAsked(msgspec.Struct):
+    index: Name
+    build: BuildId
+    n_inputs: Count
+
+
+class DecideAsked(msgspec.Struct):
+    plan: Plan
+    rankings: list[dict[str, Any]]
+
+
+class AnswerAsked(msgspec.Struct):
+    with_rows: bool = True
+
+
+class MergeAsked(msgspec.Struct):
+    plan: Plan
+    results: list[dict[str, Any]]
+    answer: AnswerAsked
+
+
+class MaintainAsked(msgspec.Struct):
+    """What is absent in the schedule's own event: all indices, and a sweep."""
+
+    index: Name | None = None
+    sweep: bool = True
 
 
 class Tasks:
@@ -93,9 +136,7 @@ class Tasks:
         snapshot = await self.runtime.reader.snapshot(asked.index, generation=asked.generation)
         machine = StateMachine("", self.runtime.settings.fanout_shard_bytes)
         machine.mode = asked.mode
-        query = np.array(asked.query, np.float32)
-        if query.ndim != 2:
-            raise InvalidRequest("a query is a list of token vectors of one length", found=list(query.shape))
+        query = _query(asked.query)
         params = msgspec.structs.replace(asked.params, k=min(asked.params.k, snapshot.n_documents))
         plan = fanout.make_plan(
             snapshot,
@@ -112,21 +153,21 @@ class Tasks:
     async def _decide(self, event: Event) -> Event:
         from handler.fanout import read_failed
 
-        plan: Plan = fanout.read(event["plan"], Plan)
-        failed = [read_failed(item) for item in event["rankings"] if "error" in item]
-        if failed and not plan.job.allow_partial:
+        asked: DecideAsked = fanout.read(event, DecideAsked)
+        failed = [read_failed(item) for item in asked.rankings if "error" in item]
+        if failed and not asked.plan.job.allow_partial:
             raise failed[0].as_error()
-        ranked = [fanout.read(item, Ranked) for item in event["rankings"] if "error" not in item]
-        bars: Event = fanout.plain(fanout.bars_of(plan.job, ranked))
+        ranked = [fanout.read(item, Ranked) for item in asked.rankings if "error" not in item]
+        bars: Event = fanout.plain(fanout.bars_of(asked.plan.job, ranked))
         return bars
 
     async def _merge(self, event: Event) -> Event:
         from handler.fanout import read_outcomes
 
-        plan: Plan = fanout.read(event["plan"], Plan)
-        with_rows = bool(event["answer"].get("with_rows", True))
+        asked: MergeAsked = fanout.read(event, MergeAsked)
+        plan, with_rows = asked.plan, asked.answer.with_rows
         snapshot = await fanout.open_pinned(self.runtime.reader, plan.job)
-        answer = await fanout.merged(self.runtime.searcher, snapshot, plan, read_outcomes(event["results"]), with_rows=with_rows)
+        answer = await fanout.merged(self.runtime.searcher, snapshot, plan, read_outcomes(asked.results), with_rows=with_rows)
         found: Event = fanout.plain(
             {
                 "index": plan.job.index,
@@ -211,10 +252,13 @@ class Tasks:
         from engine.transfer import inputs
         from engine.transfer.content import Background
 
-        index, build, number = event["index"], event["build"], int(event["number"])
+        asked: InputAsked = fanout.read(event, InputAsked)
+        index, build, number = asked.index, asked.build, asked.number
         try:
             prepared = await joint.prepared(self.runtime.reader, index, build)
             plan = msgspec.json.decode(prepared.plan, type=BuildPlan)
+            if number >= len(plan.inputs):
+                raise InvalidRequest("the build has no such input", n_inputs=len(plan.inputs), found=number)
             with Background() as background:
                 source = await self._opened(plan.asked, fanout.read(plan.inputs[number], inputs.Input), background)
                 stop_s = time.monotonic() + max(MIN_SHARE_S, remaining_s / 2)
@@ -230,8 +274,11 @@ class Tasks:
     async def _finish(self, event: Event) -> Event:
         from engine.index import joint
 
-        report = await joint.finish(self.runtime.reader, event["index"], event["build"], int(event["n_inputs"]))
-        return {"index": event["index"], "build": event["build"], **fanout.plain(report)}
+        asked: FinishAsked = fanout.read(event, FinishAsked)
+        if asked.n_inputs > joint.MAX_INPUTS:
+            raise LimitExceeded("too many inputs", limit=joint.MAX_INPUTS, found=asked.n_inputs)
+        report = await joint.finish(self.runtime.reader, asked.index, asked.build, asked.n_inputs)
+        return {"index": asked.index, "build": asked.build, **fanout.plain(report)}
 
     @property
     def _n_threads(self) -> int:
@@ -278,13 +325,19 @@ class Tasks:
     async def maintain(self, event: Event, remaining_s: float = DEFAULT_REMAINING_S) -> Event:
         """Compact and sweep one index ({"index": name}) or all, step by step while there is time: what is left, the next run does."""
         from engine.index.compact import compact
-        from engine.index.indices import list_indices
+        from engine.index.indices import survey
         from engine.index.plan import next_step
         from engine.index.sweep import sweep
 
+        asked: MaintainAsked = fanout.read(event, MaintainAsked)
         stop_s = time.monotonic() + remaining_s * MAINTENANCE_SHARE
         runtime, reader, done = self.runtime, self.runtime.reader, {}
-        wanted = [event["index"]] if "index" in event else sorted(await list_indices(runtime.store))
+        wanted = [asked.index] if asked.index is not None else []
+        if asked.index is None:
+            heads, unreadable = await survey(runtime.store)
+            wanted = sorted(heads)
+            for name, error in unreadable.items():  # the others are worked on all the same
+                runtime.log.error("maintenance failed", index=name, code=error.code, error=str(error))
         for name in wanted:
             steps: dict[str, int] = {}
             while time.monotonic() < stop_s and next_step((await reader.head(name)).manifest, runtime.maintenance) is not None:
@@ -294,20 +347,33 @@ class Tasks:
                 if not report.steps:
                     break
             n_deleted = 0
-            if event.get("sweep", True) and time.monotonic() < stop_s:
+            if asked.sweep and time.monotonic() < stop_s:
                 n_deleted = (await sweep(runtime.store, name, params=runtime.maintenance)).n_deleted
             done[name] = {"steps": steps, "deleted_objects": n_deleted}
         return {"indices": done}
 
 
 async def _chosen(steps: Mapping[str, Callable[[Event], Awaitable[Event]]], event: Event) -> Event:
-    step = steps.get(str(event.get("do")))
+    wanted = event.get("do") if isinstance(event, dict) else None
+    step = steps.get(wanted) if isinstance(wanted, str) else None
     if step is None:
-        raise InvalidRequest("no such task", expected=sorted(steps), found=str(event.get("do"))[:40])
+        raise InvalidRequest("no such task", expected=sorted(steps), found=repr(wanted)[:40])
     try:
         return await step(event)
     except KeyError as error:
         raise InvalidRequest("the event lacks a key", key=str(error)) from error
+
+
+def _query(rows: list[list[float]]) -> np.ndarray:
+    """float32 (Q, D) of a query in JSON. InvalidRequest unless all rows have one length and all values are finite."""
+    dim = len(rows[0]) if rows else 0
+    if not 1 <= len(rows) <= MAX_QUERY_TOKENS or not 1 <= dim <= MAX_DIM or any(len(row) != dim for row in rows):
+        raise InvalidRequest("a query is a list of token vectors of one length", tokens=len(rows), dimensions=dim)
+    with np.errstate(over="ignore"):  # beyond float32 becomes infinite and is refused below
+        query = np.array(rows, np.float64).astype(np.float32)
+    if not np.isfinite(query).all():
+        raise InvalidRequest("a query has a value that is not finite")
+    return query
 
 
 class _Process:
@@ -321,18 +387,39 @@ class _Process:
     def runner(self) -> asyncio.Runner:
         return asyncio.Runner()
 
-    def run(self, work: Coroutine[Any, Any, Event]) -> Event:
-        """Wait for a task; let its failure go in a form that a state machine can carry."""
+    def run(self, name: str, event: Event, work: Coroutine[Any, Any, Event]) -> Event:
+        """Wait for a task; let its failure go in a form that a state machine can carry; say for CloudWatch what it took."""
+        runtime, began_s, took = self.tasks.runtime, time.perf_counter(), {"errors": 0}
         try:
-            return self.runner.run(work)
+            return self.runner.run(_counted(runtime, work, took))
         except Exception as error:
-            self.tasks.runtime.log.error("task failed", exc_info=error, code=getattr(error, "code", "internal"))
+            took["errors"] = 1
+            runtime.log.error("task failed", exc_info=error, code=getattr(error, "code", "internal"))
             short = portable(error)
+        finally:
+            if runtime.emf is not None:
+                values = {"ms": round(1000 * (time.perf_counter() - began_s), 3), "count": 1, **took}
+                print(runtime.emf.line(values, step=_step(name, event)), flush=True)
         raise short
 
     def remaining_s(self, context: Any) -> float:
         left_ms = getattr(context, "get_remaining_time_in_millis", None)
         return DEFAULT_REMAINING_S if left_ms is None else left_ms() / 1000
+
+
+async def _counted(runtime: Runtime, work: Coroutine[Any, Any, Event], took: dict[str, int]) -> Event:
+    """The task, and in `took` what it asked of the store."""
+    with runtime.counting.window() as cost:
+        try:
+            return await work
+        finally:
+            took |= {"requests": cost.n_requests, "bytes": cost.bytes_read}
+
+
+def _step(name: str, event: Event) -> str:
+    """The label of a metric: one of few, for each is paid for."""
+    step = event.get("do") if isinstance(event, dict) else None
+    return step if step in STEPS.get(name, ()) else name
 
 
 def portable(error: BaseException) -> Exception:
@@ -346,16 +433,16 @@ _process = _Process()
 
 
 def shard(event: Event, context: Any = None) -> Event:
-    return _process.run(_process.tasks.shard(event))
+    return _process.run("shard", event, _process.tasks.shard(event))
 
 
 def coordinate(event: Event, context: Any = None) -> Event:
-    return _process.run(_process.tasks.coordinate(event))
+    return _process.run("coordinate", event, _process.tasks.coordinate(event))
 
 
 def build(event: Event, context: Any = None) -> Event:
-    return _process.run(_process.tasks.build(event, _process.remaining_s(context)))
+    return _process.run("build", event, _process.tasks.build(event, _process.remaining_s(context)))
 
 
 def maintain(event: Event, context: Any = None) -> Event:
-    return _process.run(_process.tasks.maintain(event, _process.remaining_s(context)))
+    return _process.run("maintain", event, _process.tasks.maintain(event, _process.remaining_s(context)))

@@ -2,7 +2,7 @@
 
     looking   one worker of a host holds a lock. It looks at every index now and then, and within a second at those whose writers saw a backlog
     working   a child process, so that searches do not share an interpreter lock with it; low priority, one numeric thread. It works on one
-              index at a time, is kept while there is work (starting one costs a second of CPU), and is gone, with its memory, when there is none
+              index at a time, is kept while there is work (starting one costs a third of a second of CPU), and is gone, with its memory, when there is none
 
 Commits decide between hosts that do the same work: the loser's is rubbish. Killed anywhere, a child leaves rubbish and no damage.
 Nothing here serves requests; server.py starts Maintenance in its workers.
@@ -25,7 +25,7 @@ import msgspec
 from engine.errors import EngineError, NotFound
 from engine.format.manifest import Manifest
 from engine.index.compact import compact
-from engine.index.indices import list_indices
+from engine.index.indices import survey
 from engine.index.plan import next_step
 from engine.index.sweep import sweep
 from handler.index_facts import IndexFacts
@@ -39,8 +39,21 @@ MEMORY_BYTES = 128 << 20
 NICENESS = 5
 """A third of a search thread's share of a busy core. At 19 a fold of one second took 69 beside searches on both cores, and the backlog, which every
 search pays for, grew faster than it was folded."""
-DONE, FAILED = b"done\n", b"failed\n"
-"""A child's answers; its other lines are the log's, and all of those begin with a brace."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A child's answer to one order, a line of JSON after ANSWER; its other lines are the log's, and those begin with a brace.
+
+    code  why it failed, None if it did not; seconds that it took
+    """
+
+    took_s: float
+    code: str | None = None
+
+
+ANSWER = b"="
+DIED = "died"
+"""The code of an order whose child ended without an answer."""
 
 
 @dataclass
@@ -106,8 +119,7 @@ class Maintenance:
         try:
             yield
         except (EngineError, OSError) as error:
-            self._count("failed")
-            self.runtime.log.warning("maintenance failed", error=str(error))
+            self._note_failure(error)
 
     def _take_wanted(self) -> list[str]:
         try:
@@ -119,9 +131,11 @@ class Maintenance:
         return found
 
     async def _look_at_all(self) -> None:
-        heads = await list_indices(self.runtime.store)
+        heads, unreadable = await survey(self.runtime.store)
         if self.runtime.metrics is not None:
             self.runtime.metrics.saw_all({name: IndexFacts.of(head.manifest) for name, head in heads.items()})
+        for name, error in unreadable.items():
+            self._note_failure(error, index=name)
         for name, head in heads.items():
             due_s = self._swept_s.setdefault(name, time.monotonic()) + SWEEP_INTERVAL_S
             wants_sweep = time.monotonic() >= due_s
@@ -138,29 +152,41 @@ class Maintenance:
         child = self._child or await self._start_child()
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(f"{verb} {name}\n".encode())
-        answer = b""
-        while answer not in (DONE, FAILED):
-            answer = await child.stdout.readline()
-            if not answer:
+        outcome: Outcome | None = None
+        while outcome is None:
+            line = await child.stdout.readline()
+            if not line:
                 self._child = None
-                answer = FAILED
-            elif answer.startswith(b"{"):
-                sys.stdout.write(answer.decode())
+                code = await child.wait()
+                self.runtime.log.error("maintenance failed", index=name, verb=verb, error=f"the child process ended ({code})")
+                outcome = Outcome(0.0, DIED)
+            elif line.startswith(ANSWER):
+                outcome = msgspec.json.decode(line[len(ANSWER) :], type=Outcome)
+            else:
+                sys.stdout.write(line.decode())
                 sys.stdout.flush()
-                self._note_line(answer)
         self._idle_since_s = time.monotonic()
-        self._count("done" if answer == DONE else "failed")
+        self._note(verb, outcome)
 
-    def _note_line(self, line: bytes) -> None:
-        """What a line of the child's log says to the metrics."""
+    def _note(self, verb: str, outcome: Outcome) -> None:
         metrics = self.runtime.metrics
         if metrics is None:
             return
-        event = msgspec.json.decode(line)
-        if event.get("event") == "maintained":
-            metrics.maintenance_s.labels(event["verb"]).observe(event["s"])
-        elif "code" in event:
-            metrics.errors.labels(event["code"]).inc()
+        metrics.maintenance.labels("done" if outcome.code is None else "failed").inc()
+        if outcome.code is None:
+            metrics.maintenance_s.labels(verb).observe(outcome.took_s)
+        elif outcome.code != DIED:
+            metrics.errors.labels(outcome.code).inc()
+
+    def _note_failure(self, error: EngineError | OSError, **facts: str) -> None:
+        """What failed before a child had anything to do with it."""
+        if isinstance(error, EngineError):
+            facts["code"] = error.code
+        self.runtime.log.error("maintenance failed", **facts, error=str(error))
+        if self.runtime.metrics is not None:
+            self.runtime.metrics.maintenance.labels("failed").inc()
+            if isinstance(error, EngineError):
+                self.runtime.metrics.errors.labels(error.code).inc()
 
     async def _start_child(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
@@ -180,10 +206,6 @@ class Maintenance:
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()
         await child.wait()
-
-    def _count(self, outcome: str) -> None:
-        if self.runtime.metrics is not None:
-            self.runtime.metrics.maintenance.labels(outcome).inc()
 
 
 # In the child
@@ -207,22 +229,27 @@ async def maintain(runtime: Runtime, name: str, verb: str) -> None:
 
 
 async def _work(runtime: Runtime) -> None:
-    """Lines of "compact INDEX" or "sweep INDEX" on standard input, until it ends; an answer for each on standard output."""
+    """Lines of "compact INDEX" or "sweep INDEX" on standard input, until it ends; an Outcome for each on standard output."""
     while line := await asyncio.to_thread(sys.stdin.readline):
         verb, name = line.split()
-        answer = DONE
+        began_s, code = time.monotonic(), None
         try:
             await maintain(runtime, name, verb)
         except EngineError as error:
             runtime.log.error("maintenance failed", index=name, verb=verb, code=error.code, error=str(error))
-            answer = FAILED
-        sys.stdout.write(answer.decode())
+            code = error.code
+        outcome = Outcome(round(time.monotonic() - began_s, 3), code)
+        sys.stdout.write(f"{ANSWER.decode()}{msgspec.json.encode(outcome).decode()}\n")
         sys.stdout.flush()
 
 
 def main() -> None:
     os.nice(NICENESS)
-    asyncio.run(_work(Runtime(Settings.from_environment(memory_bytes=MEMORY_BYTES, search_threads=1))))
+    try:
+        asyncio.run(_work(Runtime(Settings.from_environment(memory_bytes=MEMORY_BYTES, search_threads=1))))
+    except BrokenPipeError:
+        # The worker that gave the order was killed. What it ordered is done; nobody is left to be told, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ library decides by these codes, so INDEX_NOT_FOUND carries the index name alone 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -72,6 +73,9 @@ _WIRE_KINDS: tuple[tuple[type[EngineError], str], ...] = (
     (CorruptData, "CORRUPT_DATA"),
 )
 
+_INWARD = frozenset(("cause", "model", "peer", "machine", "url", "root", "folder", "file", "profile"))
+"""Details that name servers, addresses, folders and what they said: for the log, which has all of them, and not for clients."""
+
 RATE_LIMIT_RETRY_S = 2
 """NextPlaid's Retry-After on 429."""
 
@@ -91,7 +95,10 @@ class Problem(Exception):
         content: dict[str, object] = {"code": self.code, "message": self.message}
         if self.code == "RATE_LIMITED":
             content["retry_after_seconds"] = RATE_LIMIT_RETRY_S
-        return msgspec.json.encode(content)
+        try:
+            return msgspec.json.encode(content)
+        except UnicodeEncodeError:  # an unpaired surrogate that came with a name: JSON of Lambda's events may hold one
+            return msgspec.json.encode(content | {"message": self.message.encode(errors="replace").decode()})
 
 
 def bad_request(message: str) -> Problem:
@@ -141,5 +148,17 @@ def problem_of(error: BaseException, *, index: str | None = None) -> Problem:
     if error.code == "store-denied" and error.details.get("refused") == "write":
         return Problem("READ_ONLY", "the object store lets this server read and not write: send changes to one that may write")
     if isinstance(error, Unavailable):
-        return unavailable(str(error), error.retry_after_s)
-    return Problem(code, str(error))
+        return unavailable(shown(error), error.retry_after_s)
+    return Problem(code, shown(error))
+
+
+def outward(text: str) -> str:
+    """An error that came as text from another process, without the details that are not for clients and what follows them."""
+    return re.sub(rf" (?:{'|'.join(sorted(_INWARD | {'why'}))})=.*", "", text, flags=re.DOTALL)
+
+
+def shown(error: EngineError) -> str:
+    """The error as clients may read it."""
+    hidden = _INWARD | {"why"} if isinstance(error, Unavailable) else _INWARD
+    facts = "".join(f" {key}={value}" for key, value in error.details.items() if key not in hidden)
+    return error.message + facts

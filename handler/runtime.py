@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -31,6 +30,7 @@ from engine.store.wrappers import CountingStore
 from handler import tracing
 from handler.auth import Gate, parse_records
 from handler.logs import Logger, make_logger
+from handler.threads import Threads
 
 if TYPE_CHECKING:  # no numpy at module scope: lambda_http.py asks the store for CURRENT before it imports numpy
     from engine.encoding.batching import BatchingEncoder
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # no numpy at module scope: lambda_http.py asks the store for
     from engine.index.reader import Reader
     from engine.searcher import Searcher
     from engine.store.objects import StoreOptions
+    from engine.store.ranges import ReadPolicy
     from handler.emf import Emf
     from handler.fanout import Peers, StateMachine
     from handler.index_facts import IndexFacts
@@ -63,8 +64,7 @@ records again next to nothing: over 14 folds of 130 documents a search took 18.3
 maintenance 0.34 s a fold instead of 0.31."""
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(msgspec.Struct, frozen=True):
     """One line of the table: the field of Settings, its environment variables (the first that is set wins), its meaning."""
 
     field: str
@@ -118,6 +118,15 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _areas(text: str) -> tuple[str, ...]:
+    """`none` closes all: a blank variable counts as not set here as everywhere."""
+    found = _names(text)
+    unknown = set(found) - {"health", "docs", "metrics"}
+    if found != ("none",) and unknown:
+        raise ValueError(f"not an area: {', '.join(sorted(unknown))} (health, docs, metrics; or none alone)")
+    return tuple(name for name in found if name != "none")
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment's choices. Defaults stand here; SETTINGS has names and meanings."""
 
@@ -141,7 +150,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rate_limit_per_second: float = 50.0
     rate_limit_burst: int = 100
     concurrency_limit: int = 100
-    queue_wait_s: float = 30.0
+    queue_limit: int = 0
+    queue_wait_s: float = 5.0
     short_timeout_s: float = 30.0
     timeout_s: float = 300.0
     max_body_bytes: int = 100 << 20
@@ -217,7 +227,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_environment(self) -> dict[str, str]:
         """The variables that would give these settings; for child processes."""
-        return {setting.variables[0]: _spell(getattr(self, setting.field)) for setting in SETTINGS}
+        spelled = {setting.variables[0]: _spell(getattr(self, setting.field)) for setting in SETTINGS}
+        return spelled | ({} if self.open_areas else {"TARTAN_OPEN_AREAS": "none"})  # blank would be the default
 
 
 def _spell(value: Any) -> str:
@@ -288,7 +299,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("rate_limit_enabled", ("RATE_LIMIT_ENABLED",), "limit requests per client address and process", _bool),
     Setting("rate_limit_per_second", ("RATE_LIMIT_PER_SECOND",), "requests a second that a client gains", _seconds),
     Setting("rate_limit_burst", ("RATE_LIMIT_BURST_SIZE",), "requests that a client may save up", _positive),
-    Setting("concurrency_limit", ("CONCURRENCY_LIMIT",), "requests at work in each group of routes; more wait", _positive),
+    Setting("concurrency_limit", ("CONCURRENCY_LIMIT",), "most requests at work in each group of routes; more wait", _positive),
+    Setting(
+        "queue_limit",
+        ("TARTAN_QUEUE_LIMIT",),
+        "requests of the groups search and metadata that may wait for a place; one more is an overrun, and who waits gets 503; 0 for 12 per thread",
+        _natural,
+    ),
     Setting("queue_wait_s", ("TARTAN_QUEUE_WAIT_S",), "longest wait for a place before 503", _seconds),
     Setting("short_timeout_s", ("TARTAN_SHORT_TIMEOUT_S",), "time limit of health and of listing and describing indices", _seconds),
     Setting("timeout_s", ("TARTAN_TIMEOUT_S",), "time limit of everything else", _seconds),
@@ -304,7 +321,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("api_keys", ("TARTAN_API_KEYS",), "JSON list of key records; access control is on when there is one", str),
     Setting("api_keys_file", ("TARTAN_API_KEYS_FILE",), "file with such a list", str),
-    Setting("open_areas", ("TARTAN_OPEN_AREAS",), "of health, docs and metrics, those that need no key", _names),
+    Setting("open_areas", ("TARTAN_OPEN_AREAS",), "of health, docs and metrics, those that need no key; none for none", _areas),
     Setting("cors", ("TARTAN_CORS",), "let browsers of any origin call", _bool),
     Setting(
         "gzip_min_bytes",
@@ -399,14 +416,28 @@ class Runtime:
         return CachedStore(self.counting, self.settings.cache_dir, budget_bytes=self.settings.cache_bytes, cacheable=_never_changes)
 
     @cached_property
-    def executor(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.settings.search_threads or n_cores(), thread_name_prefix="tartan")
+    def executor(self) -> Threads:
+        return Threads(self.settings.search_threads or n_cores())
 
     @cached_property
     def reader(self) -> Reader:
         from engine.index.reader import Reader
 
-        return Reader(self.store, memory_bytes=self.settings.memory_bytes, executor=self.executor, counter=self.counting)
+        policy = self.read_policy
+        return Reader(self.store, memory_bytes=self.settings.memory_bytes, executor=self.executor, counter=self.counting, policy=policy)
+
+    @cached_property
+    def read_policy(self) -> ReadPolicy:
+        """Which gaps to read through: in a function as its memory and the store are priced, in a server, whose time is paid for anyway, the default."""
+        from engine.store.ranges import DEFAULT_POLICY, ReadPolicy
+
+        if not self.settings.function_mb:
+            return DEFAULT_POLICY
+        from engine.cost import prices_near
+
+        at = prices_near(self.settings.region)
+        usd_per_s = self.settings.function_mb / 1024 * at.lambda_gb_s(architecture())
+        return ReadPolicy.priced(usd_per_get=at.s3_get, usd_per_s=usd_per_s)
 
     @cached_property
     def searcher(self) -> Searcher:
@@ -565,6 +596,12 @@ class Runtime:
             self.count_process()
             await asyncio.sleep(COUNT_INTERVAL_S)
 
+    async def aclose(self) -> None:
+        """`close`, and the connections to whoever else scores large indices, which belong to the event loop that used them."""
+        if (transport := self.__dict__.get("transport")) is not None:
+            await transport.close()
+        self.close()
+
     def close(self) -> None:
         """Let go of threads. The store needs no closing."""
         if self.__dict__.get("exporter") is not None:
@@ -654,6 +691,11 @@ def numeric_threads() -> dict[str, str]:
 def is_started_ahead() -> bool:
     """Whether Lambda made this process before anybody asked for it (provisioned concurrency, SnapStart), so that preparing costs no one time."""
     return os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand") not in ("on-demand", "")
+
+
+def architecture() -> Literal["arm64", "x86_64"]:
+    """As Lambda and Fargate call this machine's."""
+    return "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"
 
 
 def n_cores() -> int:

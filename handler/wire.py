@@ -621,8 +621,16 @@ def search_params(params: Params, n_documents: int) -> SearchParams:
         n_probe=max(1, preset["n_probe"] if params.n_ivf_probe is None else min(params.n_ivf_probe, 1 << 20)),
         n_candidates=n_candidates,
         n_rerank=n_rerank,
-        centroid_score_threshold=params.centroid_score_threshold,
+        centroid_score_threshold=_threshold(params.centroid_score_threshold),
     )
+
+
+def _threshold(value: float | None) -> float | None:
+    """Beyond any score is beyond any score: 1e308 is none that arithmetic in float32 could compare with."""
+    return None if value is None else max(-_NO_SCORE, min(value, _NO_SCORE))
+
+
+_NO_SCORE = 1e30
 
 
 def subset_ids(subset: Sequence[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ INDEX ?=
 SECONDS ?= 20
 CONNECTIONS ?= 8
 
-.PHONY: replicas load image image-test image-lambda lock audit sbom infra-lint
+.PHONY: replicas load image image-test image-lambda image-lambda-test lock audit sbom infra-lint
 
 replicas: .stamp-dev ## nginx and three servers over one bucket on this machine: make replicas [STORE=s3://bucket/prefix]
 	@exec $(BIN)/python infra/local/replicas.py --port $(PORT) $(if $(filter-out file,$(origin STORE)),--store $(STORE)) $(ARGS)
@@ -27,6 +27,9 @@ image-test: ## start the image's server on a read-only root without a shell, and
 
 image-lambda: image ## build the image of Lambda's encoder function on top of it
 	@infra/local/image.sh lambda
+
+image-lambda-test: $(SAM_VENV)/.stamp ## start that image in AWS's runtime emulator and let it encode: make image-lambda-test [MODEL=folder]
+	@PATH="$(abspath $(SAM_VENV))/bin:$$PATH" infra/local/image.sh lambda-test
 
 lock: ## pin every package of the image, with hashes
 	uv pip compile pyproject.toml --extra encoder --extra aws --universal --python-version 3.11 --generate-hashes \

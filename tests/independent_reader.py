@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-MANIFEST, CODEC, FLAT, QUANTISED, TOMBSTONES, PATCH, PIN, BRANCH, SWEEP, ALIAS, BUILD = range(1, 12)
+MANIFEST, CODEC, FLAT, QUANTISED, TOMBSTONES, PATCH, PIN, BRANCH, SWEEP, ALIAS, BUILD, UPLOAD = range(1, 13)
 
 
 def frame(data: bytes) -> tuple[int, dict[int, bytes]]:
@@ -203,6 +203,16 @@ def quantised(data: bytes, codec: dict[str, Any], base: int) -> dict[str, Any]:
         "postings": postings,
         "keys": keys(sections[9]) if 9 in sections else {},
     }
+
+
+def upload(data: bytes) -> tuple[str, int, range | None]:
+    """FORMAT.md, Markers: the life of the index, the generation, and the documents that it made; None while it is only a claim."""
+    found = body(data, UPLOAD)
+    assert isinstance(found.pop("created_s"), float)
+    assert set(found) == {"index_id", "generation", "first_id", "last_id"}
+    assert (found["first_id"] is None) == (found["last_id"] is None)
+    made = None if found["first_id"] is None else range(found["first_id"], found["last_id"] + 1)
+    return found["index_id"], found["generation"], made
 
 
 def tombstones(data: bytes) -> list[int]:

@@ -12,8 +12,12 @@ import httpx
 import numpy as np
 import pytest
 
+from engine.config import IndexConfig
 from engine.errors import Unavailable
+from engine.format.manifest import CodecRef, Manifest
+from engine.index.reader import Reader, Snapshot
 from engine.store.objects import open_store
+from handler.routes.indices import numbers_of
 from handler.routes.table import ENDPOINTS
 from handler.runtime import SETTINGS, Settings
 from serving import client_of
@@ -854,3 +858,13 @@ def test_the_packaged_page_has_its_licence() -> None:
 
     assert (STATIC / "LICENSE").read_text().lstrip().startswith("Apache License")
     assert (STATIC / "NOTICE").is_file()
+
+
+def test_the_partitions_of_an_index_are_those_of_the_codec_that_was_trained_on_most() -> None:
+    """Not of the one with the greatest id: ids follow the clocks of machines."""
+    empty = {"dim": DIM, "nbits": 4, "size_bytes": 1, "sections": (), "coarse": b"", "cell_offsets": b"", "centroid_checksums": b""}
+    older = CodecRef(id="B", n_centroids=16, n_tokens_trained=100, **empty)  # type: ignore[arg-type]
+    newer = CodecRef(id="A", n_centroids=64, n_tokens_trained=900, **empty)  # type: ignore[arg-type]
+    manifest = Manifest(index_id="I", generation=1, created_s=0.0, cause="", writer="W", config=IndexConfig(), codecs=(older, newer))
+    assert numbers_of(manifest)["num_partitions"] == 64
+    assert Snapshot(Reader(open_store("memory://")), "a", manifest).n_centroids == 64

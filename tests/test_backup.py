@@ -589,6 +589,18 @@ def test_backup_and_restore_from_the_command_line(places: tuple[str, str], tmp_p
     assert "generation 7 is in" in shown.stdout
 
 
+def test_one_damaged_index_does_not_keep_the_others_from_being_backed_up(places: tuple[str, str]) -> None:
+    store, to = places
+    for name in ("a-bad", "b-torn"):
+        told("restore", told("backup", "x", "--to", to)["to"], "x", "--name", name)
+    (Path(store) / "a-bad/CURRENT").write_bytes(b"not what was written")
+    next((Path(store) / "b-torn/segments").glob("*/data")).write_bytes(b"not what was written")
+    report = told("backup", "--to", to, code=1)
+    assert [line["index"] for line in report["indices"]] == ["x"]
+    assert sorted(report["failed"]) == ["a-bad", "b-torn"]
+    assert "b-torn: not backed up" in CliRunner().invoke(app, ["backup", "--to", to]).stdout
+
+
 def test_a_drill_from_the_command_line(places: tuple[str, str]) -> None:
     _, to = places
     found = told("drill", "x", "--to", to, "--queries", "4")

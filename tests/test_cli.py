@@ -399,8 +399,17 @@ def test_the_defaults_that_help_shows_are_the_engines() -> None:
 # Real processes
 
 
+_CLI = """
+import runpy, signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("handler.cli", run_name="__main__", alter_sys=True)
+"""
+"""`python -m handler.cli`. Tests that run in the background of a shell inherit an ignored SIGINT, and the command would ignore it too."""
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "handler.cli", *map(str, arguments)]
+    command = [sys.executable, "-c", _CLI, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

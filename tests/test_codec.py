@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,7 +145,7 @@ def test_shaped_rounding_without_feedback_is_rounding_to_the_nearest_level() -> 
 
 def test_shaping_trades_angle_for_error_that_neighbours_do_not_see(tokens: np.ndarray) -> None:
     shaped = train(tokens[:4000], len(tokens), 2, n_clusters=64)
-    plain = replace(shaped, residual_moment=None)
+    plain = msgspec.structs.replace(shaped, residual_moment=None)
     test = tokens[4000:12_000] @ shaped.rotation
     moment = shaped.residual_moment
     assert moment is not None

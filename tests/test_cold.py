@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import make_corpus
-from engine.cold import Allowance, Window, cells_to_read, choose_windows, rank_cells
+from engine.cold import Allowance, Window, cells_to_read, choose_windows, rank_cells, reads_ahead
 from engine.config import ColdParams, IndexConfig, SearchParams
 from engine.format import postings
 from engine.format.manifest import CodecRef, SegmentRef
 from engine.index.commit import create
 from engine.index.compact import compact
 from engine.index.reader import Reader, Snapshot
+from engine.scoring.candidates import distinct
 from engine.searcher import Searcher
+from engine.store.cache import CachedStore
 from engine.store.objects import open_store
 from engine.store.wrappers import CountingStore
+from handler.runtime import Runtime, Settings
 
 CORPUS = make_corpus(1500, dim=64, n_topics=40, n_queries=12, seed=17)
 LIMIT = 1 << 40
@@ -176,3 +180,73 @@ async def test_a_small_segment_is_loaded_rather_than_read_cold(store: CountingSt
     small = ColdParams(max_bytes=100_000)
     [cold] = await Searcher(Reader(store), cold_params=small).search(snapshot, [CORPUS.queries[0]], SearchParams(k=10))
     assert cold.stats.n_cold_segments == 1
+
+
+# Reading ahead: what does not depend on the query
+
+
+async def read_ahead(store: CountingStore, folder: Path, cold: ColdParams, max_bytes: int = LIMIT) -> CachedStore:
+    """A cache that holds what every search reads."""
+    cached = CachedStore(store, str(folder), budget_bytes=1 << 30, cacheable=lambda name: not name.endswith("CURRENT"))
+    for name, ranges in reads_ahead((await Reader(store).snapshot("x")).manifest, "x", cold, max_bytes):
+        await (cached.get_ranges(name, ranges) if ranges else cached.get(name))
+    await cached.settle()
+    return cached
+
+
+async def test_after_reading_ahead_a_cold_search_reads_records_only(store: CountingStore, tmp_path: Path) -> None:
+    cold = ColdParams(max_bytes=400_000)
+    for query in CORPUS.queries[:4]:
+        cached = await read_ahead(store, tmp_path / str(query.sum()), cold)
+        reader = Reader(cached, counter=store)
+        snapshot = await reader.snapshot("x")
+        with store.window() as cost:
+            [ahead] = await Searcher(reader, cold_params=cold).search(snapshot, [query], SearchParams(k=10))
+        [alone] = await Searcher(Reader(store), cold_params=cold).search(snapshot, [query], SearchParams(k=10))
+        assert ahead.stats.n_cold_segments == 1
+        assert (cost.rounds, alone.stats.n_rounds) == (1, 2)
+        assert ahead.ids.tolist() == alone.ids.tolist()
+        assert ahead.scores.tolist() == alone.scores.tolist()
+
+
+async def test_after_reading_ahead_small_flat_and_deleted_documents_cost_no_request(tmp_path: Path) -> None:
+    store = CountingStore(open_store("memory://"))
+    writer = Reader(store).writer("x")
+    await create(store, "x", IndexConfig())
+    await writer.add(*CORPUS.part(0, 300))
+    await compact(Reader(store), "x", force=True)
+    await writer.delete(np.arange(7))
+    await writer.add(*CORPUS.part(300, 320))
+    cached = await read_ahead(store, tmp_path, ColdParams())
+    reader = Reader(cached, counter=store)
+    snapshot = await reader.snapshot("x")
+    assert {segment.kind for segment in snapshot.segments} == {"flat", "quantised"}
+    with store.window() as cost:
+        [answer] = await Searcher(reader).search(snapshot, [CORPUS.queries[0]], SearchParams(k=10))
+    assert cost.n_requests == 0
+    assert len(answer.ids) == 10
+
+
+async def test_reading_ahead_keeps_to_what_is_allowed_and_leaves_what_depends_on_the_query(store: CountingStore) -> None:
+    manifest = (await Reader(store).snapshot("x")).manifest
+    few_cells = ColdParams(max_bytes=400_000, max_cell_bytes=40_000, max_cell_gets=100)
+    assert reads_ahead(manifest, "x", few_cells, LIMIT) == []
+    assert reads_ahead(manifest, "x", ColdParams(), 1000) == []
+
+
+@given(st.lists(st.integers(-5, 300), max_size=80))
+def test_distinct_is_unique(numbers: list[int]) -> None:
+    assert distinct(np.array(numbers, np.int64)).tolist() == sorted(set(numbers))
+
+
+@pytest.mark.parametrize(("function_mb", "n_requests"), [(0, 2), (512, 1), (2048, 1), (8192, 2)])
+async def test_a_function_reads_through_gaps_as_its_memory_is_priced(function_mb: int, n_requests: int) -> None:
+    """A gap of 600 kB costs a function of 512 MB less than a GET, and one of 8 GB more. A server's time is paid for anyway."""
+    store = open_store("memory://")
+    await store.put_if_absent("x/data", bytes(700_000))
+    runtime = Runtime(Settings(function_mb=function_mb, log_level="off", region="us-east-1"), store=store)
+    with runtime.counting.window() as cost:
+        pieces = await runtime.reader.parts.read_ranges("x/data", [(0, 10), (600_010, 600_030)])
+    assert [len(piece) for piece in pieces] == [10, 20]
+    assert cost.n_requests == n_requests
+    runtime.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -19,7 +22,7 @@ from engine.index.compact import compact
 from engine.index.reader import Reader
 from engine.index.sweep import sweep
 from engine.index.verify import verify
-from engine.store.base import ObjectStore
+from engine.store.base import Listed, ObjectStore
 from engine.store.objects import open_store
 from engine.store.wrappers import CountingStore, FaultyStore, WorldStopped
 
@@ -356,3 +359,81 @@ async def test_a_build_that_died_while_it_removed_its_records_is_known(monkeypat
     report = await _build(store).run()
     assert not report.was_committed_before  # given again after all that, it adds again
     assert len(await _live_ids(store)) == 24
+
+
+class _Aged:
+    """A store whose listings say of some objects that they are eight days old; `at_delete` runs before each delete."""
+
+    def __init__(self, inner: ObjectStore, old: Sequence[str]) -> None:
+        self._inner, self._old = inner, old
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def list(self, prefix: str, *, after: str | None = None) -> AsyncIterator[Listed]:
+        async for listed in self._inner.list(prefix, after=after):
+            yield msgspec.structs.replace(listed, modified_s=listed.modified_s - 8 * 86_400) if listed.name in self._old else listed
+
+    async def at_delete(self, wanted: list[str]) -> None: ...
+
+    async def delete(self, wanted: list[str]) -> None:
+        await self.at_delete(wanted)
+        await self._inner.delete(wanted)
+
+
+async def _abandoned_build(monkeypatch: pytest.MonkeyPatch) -> tuple[ObjectStore, list[str]]:
+    """A store with a build that died before its commit, and the names of its records."""
+    store = open_store("memory://")
+    await create(store, "books", IndexConfig())
+    died = _build(store)
+
+    async def die(life: str) -> None:
+        raise WorldStopped
+
+    monkeypatch.setattr(died, "_commit", die)
+    with pytest.raises(WorldStopped):
+        await died.run()
+    await asyncio.sleep(0.002)
+    return store, [listed.name async for listed in store.list(names.builds("books"))]
+
+
+async def _is_whole_when_run_again(store: ObjectStore) -> None:
+    report = await _build(store).run()
+    assert not report.was_committed_before
+    assert await _live_ids(store) == list(range(12))
+    assert (await verify(Reader(store), "books", all_generations=True)).problems == []
+
+
+@pytest.mark.parametrize("n_old", [1, 2, 3, 4])
+async def test_a_build_is_kept_for_a_week_after_its_last_progress_not_its_first(n_old: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by the simulation: records were forgotten one by one, and a build without its first record was taken for committed."""
+    store, records = await _abandoned_build(monkeypatch)
+    report = await sweep(_Aged(store, records[:n_old]), "books", params=SMALL)  # type: ignore[arg-type]
+    assert bool(report.n_deleted) == (n_old == len(records))
+    await _is_whole_when_run_again(store)
+
+
+async def test_a_build_of_whose_records_some_are_gone_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that died while it forgot the build leaves any of them."""
+    for n_gone in range(1, 5):
+        for gone in itertools.combinations(range(4), n_gone):
+            store, records = await _abandoned_build(monkeypatch)
+            await store.delete([records[n] for n in gone])
+            await _is_whole_when_run_again(store)
+
+
+async def test_a_build_that_is_taken_up_while_a_sweep_forgets_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, records = await _abandoned_build(monkeypatch)
+    aged, n_deletes = _Aged(store, records), 0
+
+    async def take_up(wanted: list[str]) -> None:
+        nonlocal n_deletes
+        n_deletes += bool(set(wanted) & set(records))
+        if n_deletes == 1 and set(wanted) & set(records):
+            await _is_whole_when_run_again(store)
+
+    monkeypatch.setattr(aged, "at_delete", take_up)
+    assert (await sweep(aged, "books", params=SMALL)).n_deleted > 0  # type: ignore[arg-type]
+    assert n_deletes == 1
+    assert (await verify(Reader(store), "books", all_generations=True)).problems == []
+    assert await _live_ids(store) == list(range(12))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
 
 import pytest
+from msgspec.structs import fields, replace
 from typer.testing import CliRunner
 
 from engine.cost import MEASURED, PRICES, Prices, Usage, Workload, container, estimate, memory_needed, prices, prices_near

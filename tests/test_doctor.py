@@ -182,9 +182,13 @@ async def test_settings_of_the_process_are_judged(folder: Path, tmp_path: Path, 
     _, record = mint_key(["admin"])
     keys = msgspec.json.encode([record]).decode()
     lock = tmp_path / "lock"
-    lock.write_text(
-        f"numpy=={np.__version__} \\\n    --hash=sha256:00\nmsgspec==0.0.1 ; sys_platform == 'win32' \\\n    --hash=sha256:00\n"
+    hashed = " \\\n    --hash=sha256:00\n"
+    pins = (
+        f"numpy=={np.__version__} ; python_full_version < '4'",
+        "numpy==99 ; python_full_version >= '4'",
+        "msgspec==0.0.1 ; sys_platform == 'win32'",
     )
+    lock.write_text("".join(pin + hashed for pin in pins))
     good = {"rate_limit_enabled": True, "api_keys": keys, "cache_dir": str(tmp_path / "cache"), "cache_bytes": 1 << 20}
     findings = await found(folder, settings=good, lock=lock)
     for check in ("limits", "memory", "API keys", "cache volume", "BLAS threads", "versions pinned", "log format"):

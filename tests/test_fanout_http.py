@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import warnings
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -102,7 +104,8 @@ async def test_no_peer_is_an_outage_and_never_an_empty_answer(index: tuple[Objec
         for body in (BODIES["plain"], {**BODIES["plain"], "allow_partial": True}):
             answer = await client.post("/indices/x/search", json=body)
             assert answer.status_code == 503
-            assert "peer" in answer.json()["message"]
+            assert "a shard of the search failed" in answer.json()["message"]
+            assert "http://p" not in answer.json()["message"], "addresses of servers are not for clients"
 
 
 async def test_an_index_below_the_size_is_searched_by_one_server(index: tuple[ObjectStore, Snapshot]) -> None:
@@ -252,3 +255,23 @@ async def test_an_ordinary_server_never_loads_the_transports() -> None:
     code = "import sys, handler.app, handler.routes.table; print([m for m in ('aioboto3', 'boto3', 'botocore', 'aiohttp') if m in sys.modules])"
     done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_closing_a_runtime_closes_its_connections_to_others(index: tuple[ObjectStore, Snapshot], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    machine = runtime_of(index[0], fanout_machine="arn:aws:states:us-east-1:1:stateMachine:s", sfn_endpoint="http://127.0.0.1:9")
+    peers = runtime_of(index[0], fanout_peers=PEERS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert isinstance(machine.transport, StateMachine) and isinstance(peers.transport, Peers)
+        assert await machine.transport._made_client()
+        connections = peers.transport._client()
+        await machine.aclose()
+        await peers.aclose()
+        assert machine.transport._client is None
+        assert connections.is_closed
+        del machine, peers, connections
+        gc.collect()
+    assert [str(one.message) for one in caught if issubclass(one.category, ResourceWarning)] == []

@@ -461,7 +461,7 @@ def test_fields_that_cannot_be_stored_are_refused(value: object) -> None:
 
 def test_codec_gives_back_every_array(library: Library) -> None:
     found = codec_object.read_codec(library.codec_data, name="x", ref=library.codec_ref)
-    for field in library.codec.__dataclass_fields__:
+    for field in library.codec.__struct_fields__:
         assert np.array_equal(getattr(found, field), getattr(library.codec, field)), field
     assert codec_object.describe_codec(library.codec_data, library.codec_id, name="x") == library.codec_ref
 
@@ -481,7 +481,7 @@ def test_coarse_centroids_of_the_manifest_are_in_the_space_of_the_queries(librar
     query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
     q, _ = np.linalg.qr(library.codec.rotation)
     codec = msgspec.structs.replace(library.codec_ref)
-    turned = Codec(**{**{f: getattr(library.codec, f) for f in library.codec.__dataclass_fields__}, "rotation": q.astype(np.float32)})
+    turned = Codec(**{**{f: getattr(library.codec, f) for f in library.codec.__struct_fields__}, "rotation": q.astype(np.float32)})
     _, codec = codec_object.write_codec(turned, library.codec_id, n_tokens_trained=1)
     assert np.allclose(codec.coarse_array() @ query, turned.coarse @ (query @ turned.rotation), atol=2e-2)
 
@@ -721,6 +721,8 @@ def test_golden_objects_are_read_by_an_independent_reader(expected: dict[str, An
     for name, kind in (("branch", independent_reader.BRANCH), ("alias", independent_reader.ALIAS)):
         assert independent_reader.body(golden(name), kind)["index"] == "library"
     assert independent_reader.body(golden("build"), independent_reader.BUILD)["part"] == 2
+    assert independent_reader.upload(golden("upload_claim")) == (make.IDS["index"], 6, None)
+    assert independent_reader.upload(golden("upload_receipt")) == (make.IDS["index"], 7, range(995, 1000))
     current = independent_reader.body(golden("manifest"), independent_reader.MANIFEST)
     assert (current["generation"], current["next_id"]) == (7, 1000)
     coarse = np.frombuffer(current["codecs"][0]["coarse"], "<f2").reshape(-1, codec["dim"])
@@ -752,6 +754,16 @@ def test_golden_objects_are_read_by_the_engine(expected: dict[str, Any]) -> None
     for name, kind in (("pin", markers.Pin), ("branch", markers.Branch), ("sweep", markers.Sweep), ("alias", markers.Alias)):
         assert markers.read_marker(golden(name), kind, name=name).created_s == 1764000000.5
     assert markers.read_marker(golden("build"), markers.BuildProgress, name="build").segment == flat_ref
+    claim, receipt = (markers.read_marker(golden(name), markers.Upload, name=name) for name in ("upload_claim", "upload_receipt"))
+    assert (claim.generation, claim.first_id, claim.last_id) == (6, None, None)
+    assert (receipt.generation, receipt.first_id, receipt.last_id) == (7, 995, 999)
+
+
+@pytest.mark.parametrize(("first_id", "last_id"), [(5, None), (None, 5), (5, 4), (-1, 3)])
+def test_a_receipt_of_impossible_documents_is_noticed(first_id: int | None, last_id: int | None) -> None:
+    data = markers.write_marker(markers.Upload(created_s=1.0, index_id=make.IDS["index"], generation=1, first_id=first_id, last_id=last_id))
+    with pytest.raises(CorruptData):
+        markers.read_marker(data, markers.Upload, name="x")
 
 
 # Corruption
@@ -778,6 +790,7 @@ def _golden_readers() -> dict[str, Callable[[bytes], object]]:
         "sweep": lambda data: markers.read_marker(data, markers.Sweep, name="x"),
         "alias": lambda data: markers.read_marker(data, markers.Alias, name="x"),
         "build": lambda data: markers.read_marker(data, markers.BuildProgress, name="x"),
+        "upload_receipt": lambda data: markers.read_marker(data, markers.Upload, name="x"),
     }
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from handler.routes.endpoint import Endpoint
 from handler.routes.table import ENDPOINTS
-from handler.runtime import SETTINGS
+from handler.runtime import SETTINGS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
@@ -63,6 +63,20 @@ def test_every_variable_that_a_file_sets_is_a_setting(stack: dict[str, Any], com
     for name in ("Dockerfile", "compose.yaml", "alive.py", "ecs.yaml", "nginx/http.conf", "nginx/servers.conf", "nginx/routes.conf"):
         used |= set(re.findall(r"\bTARTAN_[A-Z0-9_]+\b", (INFRA / name).read_text()))
     assert {name for name in used if name.startswith("TARTAN_")} - VARIABLES == set()
+
+
+@pytest.mark.parametrize(("text", "areas"), [("", ("health", "docs")), (" ", ("health", "docs")), ("none", ()), ("metrics", ("metrics",))])
+def test_areas_that_need_no_key_are_closed_by_the_word_none_and_left_alone_by_a_blank(text: str, areas: tuple[str, ...]) -> None:
+    """A blank is what compose makes of a variable that nobody set; it must not open or close anything."""
+    settings = Settings.from_environment({"TARTAN_OPEN_AREAS": text})
+    assert settings.open_areas == areas
+    assert Settings.from_environment(settings.to_environment()) == settings
+
+
+@pytest.mark.parametrize("text", ["metric", "none,health"])
+def test_an_area_that_there_is_not_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="TARTAN_OPEN_AREAS"):
+        Settings.from_environment({"TARTAN_OPEN_AREAS": text})
 
 
 # Who writes and who reads

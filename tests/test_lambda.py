@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -314,6 +315,25 @@ def test_current_is_read_while_the_modules_load_and_confirmed_by_the_invocation(
     assert before
 
 
+def test_what_every_search_reads_is_fetched_while_the_modules_load(tmp_path: Path) -> None:
+    """Into the cache of the store's bytes, so that an invocation in the same process asks for nothing but whether CURRENT is in force."""
+    store = CountingStore(open_store("memory://"))
+    Function(store).fill()
+    function = Function(store, warm=("papers",), cache_dir=str(tmp_path))
+    function.handler._early._thread.join()  # type: ignore[union-attr]
+    with store.window() as cost:
+        assert function.best(3) == 3
+    assert dict(cost.requests) == {"get_if_changed": 1}
+
+
+def test_a_store_that_fails_while_the_modules_load_costs_no_answer(tmp_path: Path) -> None:
+    store = open_store("memory://")
+    Function(store).fill()
+    for n_calls in (1, 2):
+        faulty = FaultyStore(store, {n_calls: "unavailable"})
+        assert Function(faulty, warm=("papers",), cache_dir=str(tmp_path / str(n_calls))).best(3) == 3
+
+
 def test_a_thawed_function_sees_what_others_wrote_meanwhile() -> None:
     store = open_store("memory://")
     frozen, writer = Function(store), Function(store)
@@ -586,6 +606,24 @@ def test_a_frozen_environment_sees_what_another_wrote(s3: S3Server) -> None:
         emulator.close()
 
 
+@pytest.mark.parametrize("kind", ["put", "replace"])
+def test_a_time_out_in_the_middle_of_a_commit_leaves_nothing_that_goes_on_later(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store stops answering, the function's time is up, the process is frozen and thawed: the add must not happen then, and happens once when
+    the client asks again."""
+    store = open_store("memory://")
+    Function(store).fill()
+    hangs = True
+    function = Function(FaultyStore(store, lambda call: "hang" if hangs and call.kind == kind else None))
+    monkeypatch.setattr(lambda_http, "ANSWER_RESERVE_S", 0.7)
+    add = {"documents": documents(), "metadata": [{"n": 9}] * 6}
+    assert function.refused("POST", "/indices/papers/update", add, context=Context(1.0))[:2] == (408, "TIMEOUT")
+    hangs = False
+    assert function.ok("GET", "/indices/papers")["num_documents"] == 6
+    assert not asyncio.all_tasks(function.handler._loop)
+    function.ok("POST", "/indices/papers/update", add)
+    assert Function(store).ok("GET", "/indices/papers")["num_documents"] == 12
+
+
 @pytest.mark.slow
 def test_a_function_killed_in_the_middle_of_a_commit_leaves_all_or_nothing(s3: S3Server) -> None:
     """The store refuses to move CURRENT, and meanwhile the process is killed, as Lambda does when the time is up; the client asks again."""
@@ -641,6 +679,28 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path, monkeypatc
     assert full.ok("GET", "/indices/papers")["num_documents"] == 12
     monkeypatch.undo()
     assert full.best(4) == 4
+
+
+def test_a_disk_that_is_really_full_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
+    """A file system of 64 KiB in the place of /tmp, filled to the brim."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here (root, CAP_SYS_ADMIN)")
+    try:
+        with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        store = open_store("memory://")
+        Function(store).fill()
+        full = Function(store, warm=("papers",), cache_dir=str(folder / "cache"), cache_bytes=1 << 20)
+        assert full.best(3) == 3
+        full.ok("POST", "/indices/papers/update", {"documents": documents()})
+        assert full.ok("GET", "/indices/papers")["num_documents"] == 12
+        assert full.best(4) == 4
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
 def call(served: Gateway, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], bytes]:

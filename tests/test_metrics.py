@@ -368,7 +368,7 @@ async def main():
     assert await call("POST", "/indices/a/search", b'{"queries":[{"embeddings":[[1,0]]}]}') == 200
 
 asyncio.run(main())
-heavy = [name for name in ("prometheus_client", "opentelemetry.sdk", "structlog") if name in sys.modules]
+heavy = [name for name in ("prometheus_client", "opentelemetry.sdk", "rich") if name in sys.modules]
 print("heavy:", *heavy)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

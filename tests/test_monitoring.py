@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import yaml
 
+from conftest import s3_options
 from engine.config import MaintenanceParams
 from engine.index.reader import Reader
 from engine.store.objects import StoreOptions, open_store
@@ -292,9 +293,15 @@ def tear(sound: Served, bucket: Bucket) -> None:
     with httpx.Client(timeout=60) as client:
         client.post(f"{sound.url}/indices", json={"name": "torn", "config": {"nbits": 4}})
         add(client, sound.url, "torn", TO_QUANTISE - 1, 1 + TOKENS_TO_FOLD // TO_QUANTISE)
-        (segment,) = [key for key in bucket.keys("sound/torn/") if key.endswith("/data")]
-        client.put(f"{bucket.url}/{BUCKET}/{segment}", content=b"not what was written" * 1000).raise_for_status()
+        asyncio.run(_overwrite_the_segment(bucket))
         add(client, sound.url, "torn", 1, 200)
+
+
+async def _overwrite_the_segment(bucket: Bucket) -> None:
+    store = open_store(f"s3://{BUCKET}/sound", s3_options(bucket))
+    (segment,) = [listed.name async for listed in store.list("torn/segments/") if listed.name.endswith("/data")]
+    await store.delete([segment])
+    await store.put_if_absent(segment, b"not what was written" * 1000)
 
 
 class Bucket:
@@ -307,10 +314,6 @@ class Bucket:
             self.url = said.readline().strip()
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
         self.environment = {**keys, "TARTAN_S3_ENDPOINT": self.url}
-
-    def keys(self, prefix: str) -> list[str]:
-        listed = httpx.get(f"{self.url}/{BUCKET}", params={"list-type": "2", "prefix": prefix}, timeout=30).text
-        return re.findall(r"<Key>(.*?)</Key>", listed)
 
     def kill(self) -> None:
         self._process.kill()
@@ -394,11 +397,7 @@ def check_panels(prometheus: Prometheus) -> None:
     for panel in panels():
         for target in panel["targets"]:
             query = (
-                target["expr"]
-                .replace("$instance", ".*")
-                .replace("$index", ".*")
-                .replace("$__rate_interval", "30s")
-                .replace("[1h]", "[5m]")
+                target["expr"].replace("$instance", ".*").replace("$index", ".*").replace("$__rate_interval", "30s").replace("[1h]", "[5m]")
             )
             queries[f"{panel['title']}: {query}"] = query
     silent = dict(queries)

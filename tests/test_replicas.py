@@ -33,9 +33,11 @@ from engine.store.objects import open_store
 from handler.app import create_app
 from handler.auth import mint_key
 from handler.cli import app
+from handler.lambda_http import LambdaHandler
 from handler.routes.table import ENDPOINTS
 from handler.runtime import Runtime, Settings
 from infra.local.replicas import Balancer, Replicas, nginx
+from lambda_runtime import answer_of, make_event
 from s3_server import S3Server
 from serving import ROOT, Served, s3_environment, serving
 
@@ -224,6 +226,30 @@ def replicas(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             assert client.post("/indices", json={"name": "a"}).status_code == 200
             assert client.post("/indices/a/update", json=adding(*range(20))).status_code == 202
         yield running
+
+
+def test_containers_and_the_function_serve_one_bucket_together(replicas: Replicas, s3: S3Server) -> None:
+    """Lambda for spikes beside containers: what one acknowledged the other finds at once, and an index that only one has ever seen as well."""
+    settings = Settings(log_level="off", metrics=False, compact=False, search_threads=1)
+    runtime = Runtime(settings, store=open_store(replicas.store, s3_options(s3)))
+    function = LambdaHandler(settings, runtime=runtime)
+
+    def invoke(method: str, path: str, body: Any = None) -> Any:
+        status, _, answer = answer_of(function(make_event("http_v2", method, path, json.dumps(body).encode()), None))
+        assert status in (200, 202), answer
+        return json.loads(answer)
+
+    with contextlib.closing(function), httpx.Client(base_url=replicas.url, timeout=30) as client:
+        invoke("POST", "/indices", {"name": "mixed"})
+        for seed in range(0, 12, 2):
+            invoke("POST", "/indices/mixed/update", adding(seed))
+            assert client.post("/indices/mixed/update", json=adding(seed + 1)).status_code == 202
+            for wanted in (seed, seed + 1):
+                here = invoke("POST", "/indices/mixed/search", searching(wanted))["results"][0]
+                there = client.post("/indices/mixed/search", json=searching(wanted)).json()["results"][0]
+                assert here["document_ids"] == there["document_ids"] == [wanted]
+                assert here["scores"] == pytest.approx(there["scores"], abs=1e-5)
+        assert client.delete("/indices/mixed").status_code == 200
 
 
 class Load:

@@ -26,6 +26,7 @@ from engine.index.verify import verify
 from engine.searcher import Searcher
 from engine.store.base import ObjectStore
 from engine.store.objects import open_store
+from handler import lambda_tasks
 from handler.fanout import failed_execution, read_outcomes
 from handler.lambda_tasks import Tasks
 from handler.runtime import Runtime, Settings
@@ -452,3 +453,25 @@ async def test_an_event_that_is_no_task_is_refused(index: tuple[ObjectStore, Sna
         with pytest.raises(InvalidRequest):
             await work(what)
     tasks.runtime.close()
+
+
+def test_every_task_says_for_cloudwatch_what_it_took(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One embedded-metric line a task; a failed one counts as an error, and an event that names no task makes no label of its own."""
+    process = lambda_tasks._Process()
+    process.tasks = Tasks(Runtime(Settings(log_level="off", emf_namespace="Tartan/s"), store=asyncio.run(mixed())[0]))
+    monkeypatch.setattr(lambda_tasks, "_process", process)
+    try:
+        lambda_tasks.coordinate({"do": "plan", "request": {"index": "x", "query": CORPUS.queries[0].tolist()}})
+        with pytest.raises(InvalidRequest):
+            lambda_tasks.build({"do": "erase"})
+    finally:
+        process.runner.close()
+        process.tasks.runtime.close()
+    planned, refused = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (planned["service"], planned["step"], planned["count"], planned["errors"]) == ("tartan", "plan", 1, 0)
+    assert planned["requests"] == 1
+    assert planned["bytes"] > 0
+    assert planned["ms"] > 0
+    [directive] = planned["_aws"]["CloudWatchMetrics"]
+    assert (directive["Namespace"], directive["Dimensions"]) == ("Tartan/s", [["service", "step"]])
+    assert (refused["step"], refused["errors"], refused["requests"]) == ("build", 1, 0)

@@ -152,11 +152,36 @@ def test_routes_send_changes_to_the_writer_and_texts_to_the_encoder() -> None:
     assert all(route["AuthorizationType"] == {"Fn::If": ["HasJwt", "JWT", "NONE"]} for route in ROUTES.values())
 
 
+def test_upload_addresses_are_signed_and_committed_by_a_role_that_may_put_them_there() -> None:
+    """An address is worth what the role may do that signed it."""
+    for key in ("POST /indices/{name}/uploads", "POST /indices/{name}/uploads/{upload}/commit"):
+        assert ROUTES[key]["Target"] == {"Fn::Sub": "integrations/${WriterIntegration}"}
+    assert FUNCTIONS["WriterFunction"]["Role"] == {"Fn::GetAtt": "WriterRole.Arn"}
+    assert [role for role in CAN if may(role, "s3:PutObject", UPLOAD)] == ["WriterRole", "MaintainRole"]
+
+
+def test_every_function_that_answers_requests_may_put_a_large_answer_there() -> None:
+    assert all(may(role, "s3:PutObject", ANSWER) for role in ("SearchRole", "WriterRole", "EncoderRole"))
+
+
+def test_the_nested_monitoring_gets_the_namespace_of_the_functions_and_parameters_that_it_has() -> None:
+    nested = RESOURCES["Monitoring"]["Properties"]
+    own = yaml.load((ROOT / nested["Location"]).read_text(), Loader)
+    assert nested["Parameters"]["Namespace"] == TEMPLATE["Globals"]["Function"]["Environment"]["Variables"]["TARTAN_EMF_NAMESPACE"]
+    assert set(nested["Parameters"]) == set(own["Parameters"])
+    assert "CAPABILITY_AUTO_EXPAND" in (ROOT / "infra/lambda.mk").read_text()
+
+
+def test_early_reads_are_for_the_function_that_searches() -> None:
+    assert FUNCTIONS["SearchFunction"]["Environment"]["Variables"]["TARTAN_WARM"] == {"Ref": "WarmIndices"}
+
+
 # Roles: what each can and cannot do
 
 SEGMENT, CURRENT, RECORD = f"{BUCKET}/indices/x/segments/01/data", f"{BUCKET}/indices/x/CURRENT", f"{BUCKET}/indices/x/builds/b/00000000"
 ELSEWHERE, INPUT, ALIAS = f"{BUCKET}/other/x/CURRENT", f"{BUCKET}/inputs/p.jsonl", f"{BUCKET}/indices/_aliases/live"
 ANSWER, PIN = f"{BUCKET}/indices/x/uploads/01/answer", f"{BUCKET}/indices/x/pins/p"
+UPLOAD, CLAIM = f"{BUCKET}/indices/x/uploads/01/data", f"{BUCKET}/indices/x/uploads/01/claim"
 CAN: dict[str, set[tuple[str, str]]] = {
     "SearchRole": {("s3:GetObject", SEGMENT), ("s3:GetObject", CURRENT), ("s3:GetObject", ALIAS), ("s3:PutObject", ANSWER)},
     "ShardRole": {("s3:GetObject", SEGMENT), ("s3:GetObject", CURRENT)},
@@ -167,8 +192,13 @@ CAN: dict[str, set[tuple[str, str]]] = {
         ("s3:PutObject", SEGMENT),
         ("s3:DeleteObject", PIN),
         ("s3:PutObject", ALIAS),
+        ("s3:PutObject", UPLOAD),  # whoever holds an address that it signed may do what it may
+        ("s3:GetObject", UPLOAD),
+        ("s3:PutObject", CLAIM),
+        ("s3:DeleteObject", UPLOAD),
     },
     "EncoderRole": {
+        ("s3:PutObject", ANSWER),
         ("s3:GetObject", SEGMENT),
         ("s3:PutObject", CURRENT),
         ("s3:PutObject", SEGMENT),
@@ -189,12 +219,14 @@ CANNOT: dict[str, set[tuple[str, str]]] = {
         ("s3:PutObject", SEGMENT),
         ("s3:DeleteObject", SEGMENT),
         ("s3:DeleteObject", ANSWER),
+        ("s3:PutObject", UPLOAD),
+        ("s3:PutObject", CLAIM),
         ("s3:GetObject", INPUT),
     },
     "ShardRole": {("s3:PutObject", CURRENT), ("s3:PutObject", ANSWER), ("s3:DeleteObject", SEGMENT), ("s3:GetObject", INPUT)},
     "CoordinateRole": {("s3:PutObject", CURRENT), ("s3:PutObject", ANSWER), ("s3:DeleteObject", SEGMENT)},
     "WriterRole": {("s3:GetObject", INPUT), ("s3:PutObject", ELSEWHERE)},
-    "EncoderRole": {("s3:DeleteObject", SEGMENT), ("s3:PutObject", PIN), ("s3:PutObject", ALIAS), ("s3:GetObject", INPUT)},
+    "EncoderRole": {("s3:PutObject", UPLOAD), ("s3:DeleteObject", SEGMENT), ("s3:PutObject", PIN), ("s3:PutObject", ALIAS), ("s3:GetObject", INPUT)},
     "BuildRole": {
         ("s3:DeleteObject", SEGMENT),
         ("s3:DeleteObject", CURRENT),

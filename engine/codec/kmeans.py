@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 MAX_CENTROIDS = 65_536
@@ -43,8 +43,7 @@ BLOCK_TOKENS = 16_384
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(msgspec.Struct, frozen=True):
     """Centroids grouped by coarse cell.
 
     coarse        float32 (M, D), unit rows, along a path on which neighbours are alike

@@ -13,11 +13,10 @@ Arrays only: no I/O, no environment. engine/format writes and reads these arrays
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from statistics import NormalDist
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from engine.codec import bitpack, kmeans
@@ -49,8 +48,7 @@ TINY = np.float32(1e-6)
 """Below this a norm or a scale is nothing: unit tokens are rounded at about 1e-7."""
 
 
-@dataclass(frozen=True)
-class Codec:
+class Codec(msgspec.Struct, frozen=True, dict=True):
     """Everything that turns tokens into bytes and back; trained once, never changed.
 
     rotation          float32 (D, D), orthogonal; x @ rotation is the space of all that follows, queries included
@@ -112,8 +110,7 @@ class Codec:
         return len(self.centroids_i8)
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(msgspec.Struct, frozen=True):
     """T encoded tokens: codes uint16 (T,), scalars uint8 (T, 2) = (inv, scale), residuals uint8 (T, row_bytes)."""
 
     codes: np.ndarray
@@ -139,6 +136,8 @@ def rotation(dim: int, seed: int) -> np.ndarray:
 @cache
 def _lloyd_max(nbits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Cutoffs and levels that minimise the squared error of a standard normal variable (Lloyd 1957, Max 1960)."""
+    from statistics import NormalDist  # only training wants it, and it takes 5 ms to import
+
     n_levels = 1 << nbits
     normal = NormalDist()
     # Start at the asymptotically optimal density, p^(1/3): a normal law of variance 3.
@@ -228,9 +227,9 @@ def _with_trained_constants(draft: Codec, rotated: np.ndarray, shaped: bool) -> 
     """Fill in residual_moment and the scalar tables, from the residuals that some rotated sample tokens leave."""
     codes, _ = kmeans.assign_block(rotated, draft.cells, kmeans.N_CELLS_SEARCHED)
     if shaped:
-        draft = replace(draft, residual_moment=residual_moment(rotated - np.take(draft.centroids, codes, axis=0)))
+        draft = msgspec.structs.replace(draft, residual_moment=residual_moment(rotated - np.take(draft.centroids, codes, axis=0)))
     _, inv, scale = quantise_residuals(draft, rotated, codes)
-    return replace(draft, inv_table=_scalar_table(inv, INV_TABLE_TOP), scale_table=_scalar_table(scale, 0.0))
+    return msgspec.structs.replace(draft, inv_table=_scalar_table(inv, INV_TABLE_TOP), scale_table=_scalar_table(scale, 0.0))
 
 
 def _scalar_table(values: np.ndarray, top: float) -> np.ndarray:

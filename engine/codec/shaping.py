@@ -16,8 +16,8 @@ Unsatisfying: H is the same for all tokens of an index, and costs the codec a D 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 WHITE_SHARE = 0.1
@@ -30,8 +30,7 @@ STRIP = 16
 """Coordinates rounded one by one before their errors are applied to all the others by one GEMM."""
 
 
-@dataclass(frozen=True)
-class Shaping:
+class Shaping(msgspec.Struct, frozen=True):
     """metric float32 (D, D) = H; feedback float32 (D, D) = U with unit diagonal; weighted_centroids float32 (K, D) = centroids @ H;
     centroid_squares float32 (K,) = c' H c."""
 

@@ -125,7 +125,7 @@ def _read_record(folder: Path) -> dict[str, _Fetched]:
     """What was fetched before; an absent or unreadable record means nothing was."""
     try:
         return msgspec.json.decode((folder / _RECORD_FILE).read_bytes(), type=dict[str, _Fetched])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
 
 

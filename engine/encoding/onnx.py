@@ -61,7 +61,7 @@ def read_config(path: Path) -> OnnxConfig:
     """Parse onnx_config.json. Raises CorruptData (malformed) with the parser's words."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=OnnxConfig)
-    except msgspec.DecodeError as wrong:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as wrong:
         raise CorruptData(f"{CONFIG_FILE} does not parse: {wrong}", code="malformed", object=str(path)) from wrong
 
 

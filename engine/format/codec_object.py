@@ -20,7 +20,6 @@ In CodecRef the coarse centroids stand rotated back and as float16: a query choo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -57,8 +56,7 @@ class CodecMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     n_tokens_trained: int
 
 
-@dataclass(frozen=True)
-class CodecHead:
+class CodecHead(msgspec.Struct, frozen=True):
     """What a cold query needs of a codec besides centroids: levels, inv_table, scale_table, rotation as in Codec."""
 
     dim: int

@@ -13,9 +13,9 @@ A lookup hashes, searches, and compares the string itself, so equal hashes are s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -23,8 +23,7 @@ from engine.errors import InvalidRequest
 from engine.format.envelope import Buffer, Section, corrupt
 
 
-@dataclass(frozen=True)
-class Keys:
+class Keys(msgspec.Struct, frozen=True):
     """A parsed keys section: hashes uint64 (n,) rising, ordinals uint32 (n,), ends uint32 (n + 1,), blob."""
 
     hashes: np.ndarray

@@ -110,6 +110,14 @@ def read_marker(data: Buffer, type: type[M], *, name: str) -> M:
     marker: M = parse_body(KINDS[type], data, type, name=name)
     generations = marker.generations if isinstance(marker, Sweep) else (getattr(marker, "generation", 0),)
     index = getattr(marker, "index", "index")
-    if min(generations, default=0) < 0 or not INDEX_NAME.fullmatch(index):
+    is_receipt_possible = not isinstance(marker, Upload) or _is_range(marker.first_id, marker.last_id)
+    if min(generations, default=0) < 0 or not INDEX_NAME.fullmatch(index) or not is_receipt_possible:
         raise corrupt("a marker is impossible", name=name, section=Section.BODY, expected="FORMAT.md, markers", found=marker)
     return marker
+
+
+def _is_range(first_id: int | None, last_id: int | None) -> bool:
+    """Whether these are the ids of some documents, or of none."""
+    if first_id is None or last_id is None:
+        return first_id is last_id
+    return 0 <= first_id <= last_id

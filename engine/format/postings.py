@@ -28,8 +28,8 @@ Every number has one spelling, and lists rise whatever the bytes. FORMAT.md, Dec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from engine.errors import LimitExceeded
@@ -42,8 +42,7 @@ _TAILED, _LONG = 240, 255
 _FIRST_LONG = _TAILED + 256 * (_LONG - _TAILED)
 
 
-@dataclass(frozen=True)
-class Postings:
+class Postings(msgspec.Struct, frozen=True):
     """Posting lists: list i owns ordinals[offsets[i]:offsets[i + 1]] and belongs to the code codes[i].
 
     codes int64 (C,), offsets int64 (C + 1,), ordinals uint16 (P,). Of a whole segment codes is 0..K-1.

@@ -27,6 +27,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -40,8 +41,7 @@ _HEADER_TYPE = np.dtype([("checksum", "<u8"), ("id", "<i8"), ("n_tokens", "<u4")
 _CHECKSUM = struct.Struct("<Q")
 
 
-@dataclass(frozen=True)
-class RecordLayout:
+class RecordLayout(msgspec.Struct, frozen=True):
     """Byte offsets within each record, int64 (N,): scalars, fields, residuals, and the record's size. Codes are at HEADER_BYTES."""
 
     scalars: np.ndarray
@@ -61,8 +61,7 @@ def record_layout(n_tokens: np.ndarray, fields_bytes: np.ndarray | int, row_byte
     return RecordLayout(scalars, fields, residuals, residuals + n_tokens * row_bytes)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(msgspec.Struct, frozen=True):
     """The sizes section: n_tokens int64 (N,); starts int64 (N + 1,), byte offset of each record within the records section."""
 
     n_tokens: np.ndarray
@@ -72,8 +71,7 @@ class Sizes:
         return len(self.n_tokens)
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(msgspec.Struct, frozen=True):
     """n documents' encoded tokens and fields, stored or about to be. Document i has n_tokens[i] tokens; its token j has
 
         the code          codes[code_start[i] + j]            codes     uint16 (.,)
@@ -136,8 +134,7 @@ def plan_records(parts: Sequence[Records], ids: np.ndarray, order: np.ndarray, r
     return RecordPlan(parts, part_of, row_of, ids, n_tokens, blobs, layout, row_bytes)
 
 
-@dataclass(frozen=True)
-class RecordPlan:
+class RecordPlan(msgspec.Struct, frozen=True):
     """Records laid out and not yet written, so that the object's buffer can be made of the right size first.
 
     Ordinal n is document row_of[n] of parts[part_of[n]]; the other fields are by ordinal.

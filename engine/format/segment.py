@@ -71,8 +71,7 @@ class SegmentMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     codec: str = ""
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """A segment ready to be put: its bytes, and the reference for the manifest."""
 
     data: memoryview
@@ -229,8 +228,7 @@ def _segment_ref(
 # Reading, flat
 
 
-@dataclass(frozen=True)
-class Flat:
+class Flat(msgspec.Struct, frozen=True):
     """A flat segment in memory.
 
     ids int64 (N,) whole document ids · offsets int64 (N + 1,) · tokens float16 (T, D) · keys or None
@@ -313,8 +311,7 @@ def _read_ids(ref: SegmentRef, data: Buffer | None, name: str) -> np.ndarray:
 # Reading, quantised
 
 
-@dataclass(frozen=True)
-class QuantisedReader:
+class QuantisedReader(msgspec.Struct, frozen=True):
     """Knows where everything lies in one quantised segment, and turns the bytes of its sections into arrays. Holds no bytes.
 
     cell_offsets  int64 (M + 1,), of the segment's codec

@@ -6,7 +6,6 @@ A quantised segment orders its documents by topic, so that what a query wants li
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 _BLOCK_DOCUMENTS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class NewSegment:
+class NewSegment(msgspec.Struct, frozen=True):
     """A segment's reference and the bytes of its objects; the caller puts them under the names that the reference implies.
 
     ids  int64 (N,) by ordinal, without the base
@@ -47,8 +45,7 @@ class NewSegment:
         return objects
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """n documents on their way into a segment: ids int64 (n,), encoded tokens, and per document its row, key and keyword text.
 
     rows and texts are None where no document has fields; their items are None for a document without.

@@ -7,6 +7,8 @@
 After each upload a progress record says how far the source is consumed. A build that was killed is run again with the same source and goes
 on behind the last record; garbage collection keeps what the records name. Nothing is visible before the commit, and everything after it.
 If the kill fell between the commit and the removal of the records, the next run finds its segments in the index's history and only tidies.
+After a week without progress garbage collection takes the records, and then what they name. A run that takes up what is about that old races with it
+as a pin does (snapshots.py): it writes a record, which makes the build young again, and then looks whether it is doomed already.
 
 The other run may be only slow and not dead: two runs of one build meet at a record, which one of them writes first, and at the latest at the
 commit, before which each looks whether the other has committed. The first record is removed first, so whoever misses it has lost.
@@ -38,6 +40,7 @@ from engine.index.operations import bury, unit_rows
 from engine.index.plan import newest_codec
 from engine.index.reader import Reader
 from engine.index.snapshots import archived
+from engine.index.sweep import doomed_by_sweeps
 from engine.metadata import schema
 from engine.store.base import Buffer, same_bytes
 
@@ -128,6 +131,10 @@ class BulkBuild:
         self.state = _State()
         self._first_record: Buffer = b""
         self._began_at = 0
+        self._records: dict[str, bool] = {}
+        """Names of our progress records, and whether each brought a segment."""
+        self._stray: set[str] = set()
+        """Segments of records behind one that is gone."""
         self._without_us: set[int] = set()
 
     async def run(self) -> BuildReport:
@@ -138,13 +145,14 @@ class BulkBuild:
         self.build_id = xxhash.xxh3_128_hexdigest(f"{self.index}\n{life}\n{self.source.fingerprint}".encode())
         self._check_dimension(head.manifest)
         self.state.columns = head.manifest.columns
-        remains = await self._load_progress()
-        n_resumed = self.state.n_documents
-        if remains:
-            await self.store.delete(remains)
-        if remains or await self._is_committed(head.manifest):
+        is_whole = await self._load_progress()
+        manifest = head.manifest if is_whole else (await self.reader.head(self.index)).manifest  # who removed records may have committed just now
+        if await self._is_committed(manifest):
             await self._tidy()
-            return BuildReport(n_resumed=n_resumed, generation=head.manifest.generation, was_committed_before=True)
+            return BuildReport(n_resumed=self.state.n_documents, generation=manifest.generation, was_committed_before=True)
+        if self._records and not (is_whole and await self._goes_on()):
+            await self._begin_anew(head.manifest)
+        n_resumed = self.state.n_documents
         codec = await self._codec(head.manifest)
         await self._build_segments(codec, head.manifest)
         if not self.state.segments:
@@ -163,21 +171,21 @@ class BulkBuild:
 
     # Progress
 
-    async def _load_progress(self) -> list[str]:
-        """Take up what an earlier run has noted. Returns the records that a run left over which had committed and was removing them."""
+    async def _load_progress(self) -> bool:
+        """Take up what earlier runs have noted; False if some of it is gone, because a run that had committed or garbage collection was removing it."""
         prefix = names.build(self.index, self.build_id, 0).rpartition("/")[0] + "/"
-        remains: list[str] = []
+        is_whole = True
         async for listed in self.store.list(prefix):
             try:
                 data = (await self.store.get(listed.name)).data
             except NotFound as error:
                 raise self._other_run() from error
             record = read_marker(data, BuildProgress, name=listed.name)
-            if record.part != self.state.n_parts and not self.state.n_parts:
-                remains.append(listed.name)
+            self._records[listed.name] = record.segment is not None
+            is_whole = is_whole and record.part == self.state.n_parts
+            if not is_whole:
+                self._stray |= {record.segment.id} if record.segment is not None else set()
                 continue
-            if record.part != self.state.n_parts:
-                break  # a gap: what follows was written by nobody we know
             if not record.part:
                 self._first_record = data
             self.state.n_parts += 1
@@ -185,7 +193,22 @@ class BulkBuild:
             if record.segment is not None:
                 self.state.segments.append(record.segment)
                 self.state.columns, self.state.n_documents = record.columns, record.n_documents
-        return remains
+        return is_whole
+
+    async def _goes_on(self) -> bool:
+        """Say that an earlier run is taken up; False if garbage collection was faster."""
+        await self._note([])
+        if self._records.keys() & await doomed_by_sweeps(self.store, self.index):
+            return False
+        await self._check_no_other_run_finished()
+        return True
+
+    async def _begin_anew(self, manifest: Manifest) -> None:
+        """Forget what is left of earlier runs: not all of it is there, or will be."""
+        await self.store.delete(list(self._records))
+        self._records.clear()
+        self._stray.clear()
+        self.state = _State(columns=manifest.columns)
 
     async def _note(self, objects: Iterable[str], *, segment: SegmentRef | None = None, codec: CodecRef | None = None) -> None:
         record = BuildProgress(
@@ -206,6 +229,7 @@ class BulkBuild:
             raise self._other_run() from error
         if not self.state.n_parts:
             self._first_record = data
+        self._records[names.build(self.index, self.build_id, self.state.n_parts)] = segment is not None
         self.state.n_parts += 1
 
     def _other_run(self) -> Conflict:
@@ -216,7 +240,7 @@ class BulkBuild:
 
         Raises Conflict if a run of the same source that shares no segment with ours has committed since we began.
         """
-        ours = {segment.id for segment in self.state.segments}
+        ours = {segment.id for segment in self.state.segments} | self._stray
         if self._shows(current, ours):
             return True
         if not ours and current.generation == self._began_at:
@@ -251,12 +275,14 @@ class BulkBuild:
             raise self._other_run()
 
     async def _tidy(self) -> None:
-        """Remove the progress records, the first one first. The build is committed, so a store that fails now changes no answer: the
-        rest is left to rot."""
-        records = [names.build(self.index, self.build_id, part) for part in range(self.state.n_parts)]
+        """Remove the progress records: the first one first, and last those of segments, by which the commit is known. The build is
+        committed, so a store that fails now changes no answer: the rest is left to rot."""
+        first = names.build(self.index, self.build_id, 0)
+        others = {name: brought for name, brought in self._records.items() if name != first}
         with suppress(Unavailable):
-            await self.store.delete(records[:1])
-            await self.store.delete(records[1:])
+            await self.store.delete([first])
+            await self.store.delete([name for name, brought in others.items() if not brought])
+            await self.store.delete([name for name, brought in others.items() if brought])
 
     # Building
 

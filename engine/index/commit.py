@@ -17,7 +17,6 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -29,8 +28,7 @@ from engine.index.clock import Clock, SystemClock
 from engine.store.base import Buffer, ObjectStore
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(msgspec.Struct, frozen=True):
     """The manifest in force at one moment, the bytes it was read from, and their etag."""
 
     manifest: Manifest
@@ -38,12 +36,11 @@ class Head:
     etag: str
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(msgspec.Struct):
     """What a change wants: the next manifest (commit sets generation, time, cause and writer) and the objects it newly names."""
 
     manifest: Manifest
-    uploads: dict[str, Buffer] = field(default_factory=dict)
+    uploads: dict[str, Buffer] = msgspec.field(default_factory=dict)
 
 
 Apply = Callable[[Manifest], Awaitable[Draft | None]]

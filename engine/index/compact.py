@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -182,7 +182,7 @@ class _Work:
         extras: dict[str, Any] = {"keys": content.keys, "rows": content.rows, "texts": content.texts}
         if source.ref.codec == ref.id:
             records = await self.parts.records(self.index, source.ref, ref)
-            part = Part(ids, replace(records, blobs=_patched_blobs(records, content, source)), alive=source.alive, **extras)
+            part = Part(ids, msgspec.structs.replace(records, blobs=_patched_blobs(records, content, source)), alive=source.alive, **extras)
             self.parts.memory.forget(("records", source.ref.id))
             return part
         if source.ref.kind == "flat":

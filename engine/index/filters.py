@@ -6,7 +6,7 @@ Imported only when a search has a condition or a keyword query, because it bring
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,12 +16,21 @@ from engine.index.reader import Snapshot
 from engine.metadata.condition import Condition, parse
 from engine.metadata.keyword import KeywordQuery, Matches, combine, compile_query, match, match_nothing
 
+SEGMENTS_AT_ONCE = 32
+"""A segment's SQLite file may be many megabytes, and the memory budget counts only what has been loaded."""
+
 
 async def select(snapshot: Snapshot, text: str, parameters: Sequence[object]) -> np.ndarray:
     """Ids of the live documents that meet a condition, int64 ascending. Raises InvalidRequest (`invalid-condition`)."""
     condition = parse(text, list(parameters), column_pairs(snapshot.columns))
-    found = await asyncio.gather(*(_select_in(snapshot, segment, condition) for segment in snapshot.segments))
+    found: list[np.ndarray] = []
+    for some in _in_turns(snapshot.segments):
+        found += await asyncio.gather(*(_select_in(snapshot, segment, condition) for segment in some))
     return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+
+
+def _in_turns(segments: Sequence[SegmentRef]) -> Iterator[Sequence[SegmentRef]]:
+    return (segments[start : start + SEGMENTS_AT_ONCE] for start in range(0, len(segments), SEGMENTS_AT_ONCE))
 
 
 async def _select_in(snapshot: Snapshot, segment: SegmentRef, condition: Condition) -> np.ndarray:
@@ -45,7 +54,9 @@ async def keyword(
     wanted = None if subset is None else np.unique(np.asarray(subset, np.int64))
     tokenizer = snapshot.manifest.config.fts_tokenizer
     compiled = [await snapshot.parts.compute(compile_query, text, tokenizer) for text in queries]
-    per_segment = await asyncio.gather(*(_match_in(snapshot, segment, compiled, wanted) for segment in snapshot.segments))
+    per_segment: list[list[Matches]] = []
+    for some in _in_turns(snapshot.segments):
+        per_segment += await asyncio.gather(*(_match_in(snapshot, segment, compiled, wanted) for segment in some))
     answers = []
     for number, query in enumerate(compiled):
         ranking = combine(query, [matches[number] for matches in per_segment], k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from engine.config import INDEX_NAME
-from engine.errors import NotFound
+from engine.errors import CorruptData, EngineError, NotFound, UnsupportedFormat
 from engine.format import names
 from engine.index.commit import Head, load_head
 from engine.index.sweep import names_held, names_kept_for_branches
@@ -15,19 +15,33 @@ _HEADS_AT_ONCE = 64
 
 
 async def list_indices(store: ObjectStore) -> dict[str, Head]:
-    """Every index and its manifest in force, by name in order. A listing and one GET for each index."""
+    """Every index and its manifest in force, by name in order; an error if one of them cannot be read. A listing and one GET for each index."""
+    heads, unreadable = await survey(store)
+    for error in unreadable.values():
+        raise error
+    return heads
+
+
+async def survey(store: ObjectStore) -> tuple[dict[str, Head], dict[str, EngineError]]:
+    """The same for those who look after all indices: (what can be read, why the others cannot: damaged, or of a newer format), by name.
+
+    One bad index must not stop what is done for the others. A store that fails is an error here, too.
+    """
     folders = [folder async for folder in store.list_folders("") if INDEX_NAME.fullmatch(folder)]
     bound = asyncio.Semaphore(_HEADS_AT_ONCE)
 
-    async def head_of(name: str) -> Head | None:
+    async def head_of(name: str) -> Head | EngineError | None:
         async with bound:
             try:
                 return await load_head(store, name)
             except NotFound:
                 return None  # what a deleted index left for its branches, or for garbage collection
+            except (CorruptData, UnsupportedFormat) as error:
+                return error
 
-    heads = await asyncio.gather(*(head_of(name) for name in folders))
-    return {name: head for name, head in zip(folders, heads, strict=True) if head is not None}
+    found = dict(zip(folders, await asyncio.gather(*map(head_of, folders)), strict=True))
+    heads = {name: head for name, head in found.items() if isinstance(head, Head)}
+    return heads, {name: error for name, error in found.items() if isinstance(error, EngineError)}
 
 
 async def drop(store: ObjectStore, index: str) -> bool:

@@ -26,7 +26,7 @@ from engine.codec.residual import Codec
 from engine.config import MaintenanceParams
 from engine.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from engine.format import names
-from engine.format.manifest import CodecRef, Column, Manifest, SegmentRef
+from engine.format.manifest import CodecRef, Column, Manifest
 from engine.format.markers import BuildProgress, read_marker
 from engine.index.build import Part, column_pairs, column_refs
 from engine.index.bulk import Block, BuildReport, BulkBuild, Progress, Source, _State
@@ -304,14 +304,25 @@ class _Joined(BulkBuild):
     async def _check_keys(self) -> None:
         """Refuse external ids that come in two segments of this build."""
         with_keys = [segment for segment in self.state.segments if segment.has_keys]
-        seen: dict[bytes, SegmentRef] = {}
-        for segment in with_keys if len(with_keys) > 1 else ():
+        if len(with_keys) < 2:
+            return
+        hashes = np.zeros(sum(segment.n_documents for segment in with_keys), np.uint64)  # of all keys: 8 bytes each, where a set takes 100
+        n_keys = 0
+        for segment in with_keys:
+            own = (await self.parts.keys(self.index, segment)).hashes
+            hashes[n_keys : n_keys + len(own)] = own
+            n_keys += len(own)
+        hashes = hashes[:n_keys]
+        hashes.sort()
+        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        seen: set[bytes] = set()
+        for segment in with_keys if len(twice) else ():
             keys = await self.parts.keys(self.index, segment)
-            for row in range(len(keys)):
-                key = bytes(keys.raw(row))
+            for row in np.flatnonzero(np.isin(keys.hashes, twice)).tolist():
+                key = keys.raw(row)
                 if key in seen:
                     raise Conflict("an external id comes twice in the inputs of a build", id=repr(key.decode())[:140], build=self.build_id)
-                seen[key] = segment
+                seen.add(key)
 
     async def _tidy(self) -> None:
         with suppress(Unavailable):

@@ -6,8 +6,8 @@ applied several times, each time to a newer manifest (commit.py), and keeps its 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -26,6 +26,8 @@ from engine.metadata import schema
 
 MAX_ADD_DOCUMENTS = 65_536
 MAX_KEY_BYTES = 512
+SEGMENTS_AT_ONCE = 64
+"""Of an index of thousands of segments so many are looked through side by side; the ids of one are up to half a megabyte."""
 _BLOCK_VALUES = 1 << 16
 _SAFE_SQUARES = (1e-20, 1e20)
 """Sums of squares between these have lost nothing to float32's range; a block with any other row is scaled by its rows' peaks first."""
@@ -45,8 +47,7 @@ class Operation(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Added:
+class Added(msgspec.Struct, frozen=True):
     """What an add made: document ids int64 (N,), and how many older documents of the same keys or beyond max_documents went."""
 
     ids: np.ndarray
@@ -54,15 +55,14 @@ class Added:
     n_evicted: int = 0
 
 
-@dataclass
-class Add:
+class Add(msgspec.Struct):
     """New documents: tokens float16 (T, D) of unit rows, offsets int64 (N + 1,), and per document fields and key (or None for all)."""
 
     tokens: np.ndarray
     offsets: np.ndarray
     fields: Sequence[Mapping[str, object]] | None
     keys: Sequence[str] | None
-    added: Added = field(default_factory=lambda: Added(np.empty(0, np.int64)))
+    added: Added = msgspec.field(default_factory=lambda: Added(np.empty(0, np.int64)))
     parts_of: Sequence[Add] = ()
     _made: tuple[NewSegment, tuple[Column, ...], tuple[Column, ...]] | None = None
 
@@ -160,8 +160,7 @@ class Add:
         return segment, columns
 
 
-@dataclass
-class Delete:
+class Delete(msgspec.Struct):
     """Documents to delete: ids int64, unique, ascending; unknown ones are ignored."""
 
     ids: np.ndarray
@@ -176,8 +175,7 @@ class Delete:
         self.n_deleted = await bury(draft, index, parts, self.ids)
 
 
-@dataclass
-class Update:
+class Update(msgspec.Struct):
     """Fields to set on documents: ids int64, unique, ascending; unknown ids are ignored, unknown columns are an error."""
 
     ids: np.ndarray
@@ -195,16 +193,15 @@ class Update:
         if not values:
             return
         segments = []
-        for segment in draft.manifest.segments:
-            ordinals = await parts.live_ordinals_of(index, segment, self.ids, draft.uploads)
+        found = await _live_ordinals(draft, index, parts, self.ids)
+        for segment, ordinals in zip(draft.manifest.segments, found, strict=True):
             self.n_updated += len(ordinals)
             segments.append(await _patched(draft, index, parts, segment, ordinals, values) if len(ordinals) else segment)
         if self.n_updated:
             draft.manifest = msgspec.structs.replace(draft.manifest, segments=tuple(segments))
 
 
-@dataclass
-class Configure:
+class Configure(msgspec.Struct):
     """A new limit on the number of documents; None lifts it."""
 
     max_documents: int | None
@@ -223,8 +220,8 @@ class Configure:
 async def bury(draft: Draft, index: str, parts: Parts, ids: np.ndarray) -> int:
     """Mark documents as deleted, by id; a segment without live documents leaves the manifest. Returns how many were alive."""
     n_buried, segments = 0, []
-    for segment in draft.manifest.segments:
-        ordinals = await parts.live_ordinals_of(index, segment, ids, draft.uploads)
+    found = await _live_ordinals(draft, index, parts, ids)
+    for segment, ordinals in zip(draft.manifest.segments, found, strict=True):
         n_buried += len(ordinals)
         if len(ordinals) == segment.n_live:
             continue
@@ -232,6 +229,15 @@ async def bury(draft: Draft, index: str, parts: Parts, ids: np.ndarray) -> int:
     if n_buried:
         draft.manifest = msgspec.structs.replace(draft.manifest, segments=tuple(segments))
     return n_buried
+
+
+async def _live_ordinals(draft: Draft, index: str, parts: Parts, ids: np.ndarray) -> list[np.ndarray]:
+    """Of each segment the ordinals of those ids that it holds and that are not deleted, int64."""
+    segments, found = draft.manifest.segments, []
+    for start in range(0, len(segments), SEGMENTS_AT_ONCE):
+        some = segments[start : start + SEGMENTS_AT_ONCE]
+        found += await asyncio.gather(*(parts.live_ordinals_of(index, segment, ids, draft.uploads) for segment in some))
+    return found
 
 
 async def _with_tombstones(draft: Draft, index: str, parts: Parts, segment: SegmentRef, ordinals: np.ndarray) -> SegmentRef:

@@ -35,7 +35,7 @@ from engine.scoring.arrays import Records as ScoringRecords
 from engine.scoring.brute_force import widened
 from engine.scoring.forward import Forward
 from engine.store.base import Buffer, ObjectStore, Range
-from engine.store.ranges import plan_reads
+from engine.store.ranges import DEFAULT_POLICY, ReadPolicy, plan_reads
 
 if TYPE_CHECKING:
     from engine.metadata.database import Database
@@ -62,10 +62,12 @@ class Hot(msgspec.Struct, frozen=True):
 
 
 class Parts:
-    """Loads and keeps the pieces of all indices of a store."""
+    """Loads and keeps the pieces of all indices of a store. policy: which ranges share a request (read_ranges)."""
 
-    def __init__(self, store: ObjectStore, memory: Memory, executor: ThreadPoolExecutor | None = None) -> None:
-        self.store, self.memory, self.executor = store, memory, executor
+    def __init__(
+        self, store: ObjectStore, memory: Memory, executor: ThreadPoolExecutor | None = None, policy: ReadPolicy = DEFAULT_POLICY
+    ) -> None:
+        self.store, self.memory, self.executor, self.policy = store, memory, executor, policy
 
     async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run arithmetic on the executor's threads, so that the event loop stays free."""
@@ -375,7 +377,7 @@ class Parts:
 
     async def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[Buffer]:
         """The bytes of each range; neighbours share a request where that is cheaper (ranges.py)."""
-        plan = plan_reads(ranges)
+        plan = plan_reads(ranges, self.policy)
         return plan.slice(await self.read_exactly(name, plan.gets))
 
     async def read_exactly(self, name: str, ranges: Sequence[Range]) -> list[Buffer]:

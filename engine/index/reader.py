@@ -19,9 +19,11 @@ from engine.index.clock import Clock, SystemClock
 from engine.index.commit import Head, load_head, refresh_head
 from engine.index.memory import Memory
 from engine.index.parts import Parts
+from engine.index.plan import newest_codec
 from engine.index.snapshots import manifest_at
 from engine.index.writer import Writer
 from engine.store.base import ObjectStore
+from engine.store.ranges import DEFAULT_POLICY, ReadPolicy
 from engine.store.wrappers import Cost, CountingStore
 
 MAX_KNOWN_HEADS = 4096
@@ -35,6 +37,7 @@ class Reader:
     memory_bytes  budget for decoded segments and codecs (memory.py)
     executor      threads for arithmetic; one per core, each with a single BLAS thread
     counter       the store, or a layer of it, whose requests are the cost of a search (beneath the cache); by default `store` if it counts
+    policy        which ranges share a request: what one costs against bytes that nobody wants
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class Reader:
         executor: ThreadPoolExecutor | None = None,
         counter: CountingStore | None = None,
         clock: Clock | None = None,
+        policy: ReadPolicy = DEFAULT_POLICY,
     ) -> None:
         self.store = store
         self._counter = counter or (store if isinstance(store, CountingStore) else None)
-        self.parts = Parts(store, Memory(memory_bytes), executor)
+        self.parts = Parts(store, Memory(memory_bytes), executor, policy)
         self.clock = clock or SystemClock()
         self._heads: dict[str, tuple[Head, float]] = {}
         self._writers: dict[str, Writer] = {}
@@ -146,7 +150,8 @@ class Snapshot:
     @property
     def n_centroids(self) -> int:
         """Of the newest codec; 0 while everything is flat."""
-        return max(self.manifest.codecs, key=lambda codec: codec.id).n_centroids if self.manifest.codecs else 0
+        newest = newest_codec(self.manifest)
+        return 0 if newest is None else newest.n_centroids
 
     @property
     def dim(self) -> int | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import msgspec
 
@@ -25,12 +24,11 @@ from engine.format.markers import Branch, Pin, read_marker, write_marker
 from engine.index.clock import Clock, SystemClock
 from engine.index.commit import Draft, Head, archive, commit, create, load_head
 from engine.index.references import homes_of, objects_of, rehomed
-from engine.index.sweep import doomed_by_sweeps
+from engine.index.sweep import MANIFESTS_AT_ONCE, doomed_by_sweeps
 from engine.store.base import ObjectStore
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(msgspec.Struct, frozen=True):
     """One line of an index's history."""
 
     generation: int
@@ -62,18 +60,23 @@ async def manifest_at(store: ObjectStore, index: str, generation: int | None, *,
 
 
 async def generations(store: ObjectStore, index: str, *, last: int | None = None) -> list[Generation]:
-    """Every kept generation, newest first; at most `last` of them. One GET each, all together, beside a listing."""
+    """Every kept generation, newest first; at most `last` of them. One GET each, MANIFESTS_AT_ONCE together, beside a listing."""
     head = await load_head(store, index)
     numbers = sorted([number async for number, _ in archived(store, index, head.manifest.index_id)], reverse=True)
     wanted = [number for number in numbers if number != head.manifest.generation][: None if last is None else max(last - 1, 0)]
     pinned: dict[int, list[str]] = {}
     for name, pin in (await pins(store, index)).items():
         pinned.setdefault(pin.generation, []).append(name)
-    manifests = [head.manifest, *await asyncio.gather(*(manifest_at(store, index, number, head=head) for number in wanted))]
-    return [_line(manifest, tuple(sorted(pinned.get(manifest.generation, ()))), manifest is head.manifest) for manifest in manifests]
+    lines = [_line(head.manifest, pinned, is_current=True)]
+    for start in range(0, len(wanted), MANIFESTS_AT_ONCE):
+        some = wanted[start : start + MANIFESTS_AT_ONCE]
+        manifests = await asyncio.gather(*(manifest_at(store, index, number, head=head) for number in some))
+        lines += [_line(manifest, pinned, is_current=False) for manifest in manifests]
+    return lines
 
 
-def _line(manifest: Manifest, pin_names: tuple[str, ...], is_current: bool) -> Generation:
+def _line(manifest: Manifest, pinned: dict[int, list[str]], *, is_current: bool) -> Generation:
+    pin_names = tuple(sorted(pinned.get(manifest.generation, ())))
     return Generation(
         manifest.generation, manifest.created_s, manifest.cause, manifest.n_documents, len(manifest.segments), pin_names, is_current
     )

@@ -7,7 +7,8 @@ that gives up, commit.py).
 
 Order, which makes it safe against pins, readers and writers that appear meanwhile (see snapshots.py for the pinner's half):
 
-    list all objects -> read who names what -> write down the doomed names -> read again who names what -> delete manifests -> delete the rest
+    list all objects -> read who names what -> write down the doomed names -> read again who names what
+    -> delete records of forgotten builds -> delete manifests -> delete the rest
 
 All ages are taken by the store's own clock, as the difference of two of its timestamps. A crash at any point leaves rubbish and at
 most a marker that makes pinning a doomed generation fail until the next sweep.
@@ -16,6 +17,7 @@ most a marker that makes pinning a doomed generation fail until the next sweep.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.config import MaintenanceParams
@@ -32,7 +34,10 @@ TEMPORARY_PIN_LIFE_S = 86_400.0
 UPLOAD_LIFE_S = 86_400.0
 """A presigned upload may be committed, and a large answer fetched, for a day."""
 BUILD_LIFE_S = 7 * 86_400.0
-"""An unfinished bulk build may be resumed for a week after its last progress."""
+"""An unfinished bulk build may be resumed for a week after its last progress. Its records live and go together: what is left when only the first
+one is gone looks like a build that was committed (bulk.py)."""
+MANIFESTS_AT_ONCE = 16
+"""A manifest of a thousand segments is megabytes, and an hour of commits leaves hundreds of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +106,10 @@ async def _delete_unless_named_now(
     try:
         kept = await _kept_names(store, index, now_s, grace_s)
         doomed = [name for name in doomed if name not in kept]
-        manifests = [name for name in doomed if name.startswith(names.manifests(index))]
-        await store.delete(manifests)
-        await store.delete([name for name in doomed if not name.startswith(names.manifests(index))])
+        roots = (names.builds(index), names.manifests(index))
+        for root in roots:
+            await store.delete([name for name in doomed if name.startswith(root)])
+        await store.delete([name for name in doomed if not name.startswith(roots)])
     finally:
         await store.delete([marker])
     return doomed
@@ -150,25 +156,43 @@ async def _kept_names(store: ObjectStore, index: str, now_s: float, grace_s: flo
         return kept
     kept |= objects_of(head, index)
     archived, replaced_s = await _history(store, index, head)
-    found = await asyncio.gather(*(_manifest(store, listed.name) for listed in archived.values()))
-    manifests = {generation: manifest for generation, manifest in zip(archived, found, strict=True) if manifest is not None}
-    proofs = _proofs(builds, head, manifests, index)
-    for generation, manifest in manifests.items():
-        in_force = generation >= head.generation  # its archive may be old, and the next commit relies on it
-        if in_force or generation in pinned or generation in proofs or now_s - replaced_s[generation] <= grace_s:
-            kept |= objects_of(manifest, index) | {archived[generation].name}
+    # The archive of the one in force may be old, and the next commit relies on it.
+    wanted = [g for g in archived if g >= head.generation or g in pinned or now_s - replaced_s[g] <= grace_s]
+    async for name, manifest in _manifests(store, [archived[generation].name for generation in wanted]):
+        kept |= objects_of(manifest, index) | {name}
+    newest_first = [archived[generation].name for generation in sorted(archived, reverse=True)]
+    async for name, proof in _proofs(store, index, builds.values(), head, newest_first):
+        kept |= objects_of(proof, index) | {name}
     return kept
 
 
-def _proofs(builds: dict[str, set[str]], head: Manifest, manifests: dict[int, Manifest], index: str) -> set[int]:
-    """For each bulk build that was committed but not tidied, the last generation that shows it: a resumed run looks for it (bulk.py)."""
-    newest_first = [head, *(manifests[generation] for generation in sorted(manifests, reverse=True))]
-    proofs = set()
-    for own in builds.values():
-        segments = {name for name in own if name.startswith(names.segments(index))}
-        proof = next((manifest.generation for manifest in newest_first if segments & objects_of(manifest, index)), None)
-        proofs |= {proof} if proof is not None else set()
-    return proofs
+async def _manifests(store: ObjectStore, archives: Sequence[str]) -> AsyncIterator[tuple[str, Manifest]]:
+    """(name, manifest) of those that are still there, in this order."""
+    for start in range(0, len(archives), MANIFESTS_AT_ONCE):
+        some = archives[start : start + MANIFESTS_AT_ONCE]
+        found = await asyncio.gather(*(_manifest(store, name) for name in some))
+        for name, manifest in zip(some, found, strict=True):
+            if manifest is not None:
+                yield name, manifest
+
+
+async def _proofs(
+    store: ObjectStore, index: str, builds: Iterable[set[str]], head: Manifest, archives: Sequence[str]
+) -> AsyncIterator[tuple[str, Manifest]]:
+    """For each bulk build that was committed but not tidied, the last generation that shows it, unless that is the one in force: a resumed
+    run looks for it (bulk.py). archives: newest first."""
+    in_force = objects_of(head, index)
+    missing = [own for own in ({name for name in build if name.startswith(names.segments(index))} for build in builds) if own]
+    missing = [own for own in missing if not own & in_force]
+    if not missing:
+        return
+    async for name, manifest in _manifests(store, archives):
+        shown = objects_of(manifest, index)
+        if any(own & shown for own in missing):
+            missing = [own for own in missing if not own & shown]
+            yield name, manifest
+        if not missing:
+            return
 
 
 async def _history(store: ObjectStore, index: str, head: Manifest) -> tuple[dict[int, Listed], dict[int, float]]:
@@ -261,8 +285,12 @@ async def _names_of_branch(store: ObjectStore, marker: str) -> set[str]:
 async def _unfinished_builds(store: ObjectStore, index: str, now_s: float) -> dict[str, set[str]]:
     """Of each unfinished bulk build, by its id: the objects that it has uploaded and its progress records, while it may still be resumed."""
     found: dict[str, set[str]] = {}
-    async for listed in store.list(names.builds(index)):
-        if now_s - listed.modified_s > BUILD_LIFE_S:
+    records = [listed async for listed in store.list(names.builds(index))]
+    last_s: dict[str, float] = {}
+    for listed in records:
+        last_s[_whole_build(listed.name)] = max(listed.modified_s, last_s.get(_whole_build(listed.name), 0.0))
+    for listed in records:
+        if now_s - last_s[_whole_build(listed.name)] > BUILD_LIFE_S:
             continue
         try:
             progress = read_marker((await store.get(listed.name)).data, BuildProgress, name=listed.name)
@@ -270,3 +298,8 @@ async def _unfinished_builds(store: ObjectStore, index: str, now_s: float) -> di
             continue
         found.setdefault(progress.id, set()).update({listed.name}, progress.objects)
     return found
+
+
+def _whole_build(record_name: str) -> str:
+    """The build that a progress record belongs to; the shares of a build by many processes (joint.py) have its id with a number."""
+    return record_name.split("/")[-2].partition("-")[0]

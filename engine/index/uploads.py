@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from engine.errors import Conflict, NotFound
 from engine.format import names
@@ -28,8 +29,7 @@ from engine.store.base import ObjectStore
 _MANIFESTS_AT_ONCE = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """What there is of an upload: the size of its data (None: not there, or deleted after the commit), and its receipt."""
 
     size_bytes: int | None

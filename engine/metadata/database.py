@@ -30,7 +30,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -70,6 +70,8 @@ _VIRTUAL_TABLES = """
     SELECT 'main.' || name FROM main.sqlite_master WHERE sql LIKE 'CREATE VIRTUAL%' AND name = 'fts'
     UNION ALL SELECT 'temp.' || name FROM temp.sqlite_master WHERE sql LIKE 'CREATE VIRTUAL%'"""
 _SHADOWS = tuple(f"{table}_{part}" for table in ("fts", "patched_fts") for part in ("data", "idx", "content", "docsize", "config"))
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 Patches = Mapping[int, Mapping[str, Value]]
 """Ordinal to changed values. An ordinal that is there was touched, even if no value differs: its keyword text is made anew."""
@@ -311,14 +313,16 @@ class Database:
 
     def _read_facts(self, connection: _Connection) -> None:
         """Take in the one row of facts, the stored ids and the columns; raises CorruptData if they do not fit together."""
-        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        with connection.translated():
+            application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        if application != APPLICATION_ID:
             raise CorruptData("this is no metadata database", code="malformed")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != FORMAT_VERSION:
             raise UnsupportedFormat("unknown format version of a metadata database", expected=FORMAT_VERSION, found=version)
-        with connection.translated():
-            facts = Facts(*connection.execute(f"SELECT {', '.join(Facts._fields)} FROM main.facts").fetchone())
-            declared = {name: kind for _, name, kind, *_ in connection.execute("PRAGMA main.table_info(rows)").fetchall()}
+        with connection.limited(time.monotonic() + TIMEOUT_S, TIMEOUT_S):
+            declared = connection.check_tables()
+            facts = _checked_facts(connection.execute(f"SELECT {', '.join(Facts._fields)} FROM main.facts").fetchone())
+            ordinals = connection.execute('SELECT count(*), min("#ordinal"), max("#ordinal") FROM main.rows').fetchone()
             self.stored_ids = connection.array('SELECT json_group_array("#id") FROM main.rows', (), np.int64)
         self.tokenizer, self.n_documents, self.n_indexed, self.n_tokens = facts[:4]
         self.lengths = np.frombuffer(facts.lengths, "<i4")
@@ -328,7 +332,8 @@ class Database:
         strange = [name for name, kind in own if types.get(name) != kind]
         if strange:
             raise CorruptData("a metadata column is not what the manifest says", code="malformed", column=strange[0])
-        if not len(self.lengths) == len(self.stored_ids) == self.n_documents or self.tokenizer not in TOKENIZERS:
+        expected = (self.n_documents, 0, self.n_documents - 1) if self.n_documents else (0, None, None)
+        if ordinals != expected or len(self.stored_ids) != self.n_documents:
             raise CorruptData("the facts of a metadata database contradict its rows", code="malformed")
         self._own_columns: Columns = tuple(own)
         self._present = {name for name, _ in own}
@@ -338,6 +343,10 @@ class Database:
         connection.prepare_questions()
         if not self._patches:
             return
+        with connection.limited(time.monotonic() + TIMEOUT_S, TIMEOUT_S):
+            self._put_patches(connection, first_time)
+
+    def _put_patches(self, connection: _Connection, first_time: bool) -> None:
         if first_time:
             self._patched_rows = self._changed_rows(connection)
         _create_rows(connection.sqlite, "temp.patched", self.columns)
@@ -393,8 +402,28 @@ class _Connection:
         return self.sqlite.execute(sql, parameters)
 
     def array(self, sql: str, parameters: Sequence[Value], dtype: type[np.generic]) -> np.ndarray:
-        """The one JSON array that `sql` selects. Reading rows one by one costs twenty times as much as this detour through text."""
-        return np.array(msgspec.json.decode(self.sqlite.execute(sql, parameters).fetchone()[0]), dtype)
+        """The one JSON array of numbers that `sql` selects; CorruptData if it holds anything else. Reading rows one by one costs twenty times
+        as much as this detour through text."""
+        values = np.array(msgspec.json.decode(self.sqlite.execute(sql, parameters).fetchone()[0]))
+        if values.dtype.kind not in ("i" if dtype is np.int64 else "if") and values.size:
+            raise CorruptData("numbers of a metadata database are none", code="malformed", found=str(values.dtype))
+        return values.astype(dtype)
+
+    def check_tables(self) -> dict[str, str]:
+        """The columns of rows, name -> type. CorruptData unless our tables are plain tables, with plain columns: a view of one of their names
+        can be endless, and a column that is computed can be as large as it likes."""
+        kinds = dict(self.sqlite.execute("SELECT name, type FROM main.sqlite_master").fetchall())
+        columns: dict[str, dict[str, str]] = {}
+        for table, needed in (("rows", ("#ordinal", "#id")), ("texts", ("ordinal", "text")), ("facts", Facts._fields)):
+            found = self.sqlite.execute(f"PRAGMA main.table_xinfo({table})").fetchall()
+            columns[table] = {name: kind for _, name, kind, *_ in found}
+            is_plain = kinds.get(table) == "table" and not any(hidden for *_, hidden in found)
+            if not is_plain or tuple(columns[table])[: len(needed)] != needed:
+                raise CorruptData("a table of a metadata database is not what it was made", code="malformed", table=table)
+        keywords = self.sqlite.execute("SELECT sql FROM main.sqlite_master WHERE name = 'fts' AND type = 'table'").fetchone()
+        if keywords is None or not str(keywords[0]).startswith("CREATE VIRTUAL TABLE fts USING fts5("):
+            raise CorruptData("the keyword index of a metadata database is none", code="malformed")
+        return columns["rows"]
 
     def prepare_questions(self) -> None:
         """Make the temp tables that questions use."""
@@ -443,6 +472,8 @@ class _Connection:
         """SQLite's errors as ours. What stays a sqlite3.Error is a mistake in this package."""
         try:
             yield
+        except UnicodeDecodeError as error:  # sqlite3 says so of some texts, and of names in its own messages
+            raise CorruptData("a metadata database holds text that is no UTF-8", code="malformed", reason=str(error)[:140]) from error
         except sqlite3.Error as error:
             if self._guard.stopped_by is not None:
                 raise self._guard.stopped_by from error
@@ -451,7 +482,8 @@ class _Connection:
             if isinstance(error, sqlite3.DataError):
                 raise InvalidRequest("a value is too large for a condition", code="invalid-condition") from error
             name = getattr(error, "sqlite_errorname", "")
-            is_corrupt = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT"))
+            is_corrupt = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")) or "Could not decode to UTF-8" in str(error)
+            is_corrupt |= name == "SQLITE_ERROR" and not self._guard.sealed  # until then only what we always ask is asked
             if is_corrupt or "no such table: main." in str(error) or "vtable constructor failed" in str(error):
                 raise CorruptData("a metadata database cannot be read", code="malformed", reason=str(error)[:140]) from error
             raise
@@ -511,6 +543,21 @@ class _Guard:
         except EngineError as error:
             self.stopped_by = error
             raise
+
+
+def _checked_facts(row: tuple[object, ...] | None) -> Facts:
+    """The row of facts; CorruptData unless each has its type and lengths are those of n_documents rows."""
+    try:
+        facts = msgspec.convert(row, tuple[str, _Count, _Count, _Count, bytes, str])
+        shown = msgspec.json.decode(facts[5], type=list[str])
+        lengths = np.frombuffer(facts[4], "<i4")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise CorruptData("the facts of a metadata database do not read", code="malformed", reason=str(error)[:140]) from error
+    tokenizer, n_documents, n_indexed, n_tokens = facts[:4]
+    is_whole = len(lengths) == n_documents and lengths.sum(dtype=np.int64) == n_tokens and lengths.min(initial=0) >= 0
+    if tokenizer not in TOKENIZERS or not is_whole or n_indexed > n_documents or len(set(shown)) != len(shown):
+        raise CorruptData("the facts of a metadata database contradict one another", code="malformed")
+    return Facts(*facts)
 
 
 def _create_rows(connection: sqlite3.Connection, table: str, columns: Columns) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from engine.errors import InvalidRequest
+from engine.errors import CorruptData, InvalidRequest
 from engine.metadata import fts_query
 from engine.metadata.database import FTS_COLUMN, TIMEOUT_S, TOKENIZERS, Database
 
@@ -270,6 +270,8 @@ class _Question:
             name = self.table.name
             sql = f"SELECT json_group_array(rowid) FROM {self.table.schema}.{name} WHERE {name} MATCH ?"
             rows = self._rows[text] = np.sort(self.connection.array(sql, (text,), np.int64))
+            if len(rows) and (rows[0] < 0 or rows[-1] >= len(self.table.counted)):
+                raise CorruptData("a keyword index names rows that are not there", code="malformed", found=int(rows[-1]))
         return rows
 
     def phrase_rows(self, phrase: Phrase) -> np.ndarray:
@@ -414,13 +416,25 @@ class _Compiler:
         if isinstance(node, fts_query.Near):
             return self.near(node)
         if isinstance(node, fts_query.Without):
-            return Without(self.node(node.wanted), self.node(node.unwanted))
+            return self.without(node)
         parts = tuple(self.node(part) for part in node.parts)
         if isinstance(node, fts_query.Either):
             return Either(parts)
         if node.implicit:
             parts = tuple(part for part in parts if not self.is_empty(part)) or parts[-1:]
         return parts[0] if len(parts) == 1 else Both(parts)
+
+    def without(self, node: fts_query.Without) -> Node:
+        """A chain of NOT is as deep as it is long, so it is gone through in a loop: too many phrases are found before the stack ends."""
+        wanted: fts_query.Node = node
+        unwanted: list[fts_query.Node] = []
+        while isinstance(wanted, fts_query.Without):
+            unwanted.append(wanted.unwanted)
+            wanted = wanted.wanted
+        found = self.node(wanted)
+        for part in reversed(unwanted):
+            found = Without(found, self.node(part))
+        return found
 
     def phrase(self, phrase: fts_query.Phrase) -> int:
         if len(self.phrases) == MAX_PHRASES:
@@ -449,6 +463,7 @@ class _Scratch:
         self.sqlite = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         self.sqlite.execute(f"CREATE VIRTUAL TABLE fts USING fts5({FTS_COLUMN}, content='', tokenize='{tokenizer}')")
         self.sqlite.execute("CREATE VIRTUAL TABLE temp.instances USING fts5vocab(main, fts, instance)")
+        self.sqlite.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)  # text of users is only ever bound; if it were not, no file would be in reach
 
     def accepts(self, text: str) -> bool:
         """Whether FTS5 takes this for a query. A leading * would be a debugging command of FTS5, not a query."""

@@ -174,7 +174,10 @@ def number_text(value: int | float) -> str:
     if isinstance(value, int):
         if value in _INT64:
             return str(value)
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # inside a list or an object, which is kept as its text
+            return str(value)
     return msgspec.json.encode(value).decode()
 
 

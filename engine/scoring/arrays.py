@@ -6,16 +6,15 @@ the format layer has verified checksums and ranges before they get here, and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 
 AFFINE_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True)
-class Postings:
+class Postings(msgspec.Struct, frozen=True):
     """Code -> the documents that carry it.
 
     offsets   int64 (K + 1,), code c owns ordinals[offsets[c]:offsets[c + 1]]
@@ -26,8 +25,7 @@ class Postings:
     ordinals: np.ndarray
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(msgspec.Struct, frozen=True):
     """The tokens of the documents. Token j of ordinal n has code codes[code_start[n] + j], scalars[scalar_start[n] + j] and row
     rows[residual_start[n] + j]. The starts allow for gaps, so the arrays may be views of a whole section (or of a memory map).
 
@@ -46,8 +44,7 @@ class Records:
     n_tokens: np.ndarray
 
 
-@dataclass(frozen=True)
-class Decoder:
+class Decoder(msgspec.Struct, frozen=True, dict=True):
     """How packed rows become vectors: token = inv_table[s0] * centroid[code] + scale_table[s1] * levels[bucket].
 
     levels       float32 (2^nbits,)

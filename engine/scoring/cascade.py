@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from engine.config import EVERY_DOCUMENT, SearchParams
 from engine.scoring.arrays import Decoder, Postings, Records
-from engine.scoring.candidates import Probes, choose_candidates, probe, rank_documents
+from engine.scoring.candidates import Probes, choose_candidates, distinct, probe, rank_documents
 from engine.scoring.centroid_scores import CentroidScores, score_centroids
 from engine.scoring.forward import Forward, centroid_maxsim
 from engine.scoring.maxsim import ExactScorer
@@ -39,8 +39,7 @@ STAGE_2_PAYS = 2.0
 """Stages 1 and 2 cost about as much as stage 3 for n_candidates more documents, so up to this many times n_candidates stage 3 simply takes all."""
 
 
-@dataclass(frozen=True)
-class SegmentArrays:
+class SegmentArrays(msgspec.Struct, frozen=True):
     """One quantised segment ready to be searched.
 
     centroids  float32 (K, D), of the codec, shared by its segments
@@ -66,15 +65,14 @@ class SegmentArrays:
         return len(self.records.n_tokens)
 
 
-@dataclass
-class StageStats:
+class StageStats(msgspec.Struct):
     """What one cascade cost. times: seconds by stage name ("centroids", "probe", "rank", "centroid_maxsim", "exact").
 
     intervals  each piece of such a stage as (name, began, ended), time.perf_counter; pieces of several segments may overlap
     """
 
-    times: dict[str, float] = field(default_factory=dict)
-    intervals: list[tuple[str, float, float]] = field(default_factory=list)
+    times: dict[str, float] = msgspec.field(default_factory=dict)
+    intervals: list[tuple[str, float, float]] = msgspec.field(default_factory=list)
     n_candidates: int = 0
     n_reranked: int = 0
     n_tokens_scored: int = 0
@@ -96,8 +94,7 @@ class StageStats:
         self.n_tokens_scored += other.n_tokens_scored
 
 
-@dataclass(frozen=True)
-class Shortlist:
+class Shortlist(msgspec.Struct, frozen=True):
     """Documents of one segment after stage 3, best first.
 
     ordinals     int64 (n,)
@@ -267,7 +264,7 @@ def _by_owner(
         return score[0](local[documents])
     out = np.empty(len(documents), dtype=np.float32)
     owners = owner[documents]
-    for part in np.unique(owners).tolist():
+    for part in distinct(owners).tolist():
         mine = owners == part
         out[mine] = score[part](local[documents[mine]])
     return out

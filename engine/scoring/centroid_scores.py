@@ -6,8 +6,7 @@ one instruction or two, and because eight times as many of them fit the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from engine.scoring.scratch import scratch
@@ -19,8 +18,7 @@ TOP_LANE = 191
 """The largest lane. What is left up to 255 is room to add to lanes without wrapping round (selection.py)."""
 
 
-@dataclass(frozen=True)
-class CentroidScores:
+class CentroidScores(msgspec.Struct, frozen=True):
     """What a query thinks of every centroid.
 
     n_tokens  Q

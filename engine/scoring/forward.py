@@ -13,8 +13,7 @@ Only the *set* of a document's codes matters here, so a Forward comes from the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from engine.scoring.arrays import Postings
@@ -30,8 +29,7 @@ _EVEN_BYTES = np.uint64(0x00FF00FF00FF00FF)
 _LANE_SUM = np.uint64(0x0001000100010001)
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(msgspec.Struct, frozen=True):
     """The codes of every document, laid out for position-by-position scans.
 
     order      int64 (N,): rank -> ordinal, by falling number of codes, then rising ordinal

@@ -15,8 +15,8 @@ exactly its own, and documents come sorted by length, so little is wasted.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from engine.scoring.arrays import Records
@@ -33,8 +33,7 @@ HASH_FACTOR = 2_654_435_761
 """Knuth's multiplier, 2^32 / golden ratio: spreads neighbouring codes and documents over the slots."""
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True):
     """Selected tokens, document after document, each document's last token repeated up to a multiple of QUAD.
 
     rows, scalars  int64 (t,): where their residual rows and scalars stand in Records

@@ -16,16 +16,14 @@ bit order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from engine.scoring.arrays import Decoder
 from engine.scoring.scratch import scratch
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(msgspec.Struct, frozen=True):
     """A query made ready to be multiplied with unpacked rows.
 
     matrix  float32 (8 / nbits * B', W), rows in the order in which unpack lays the columns

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
+
+import msgspec
 
 from engine.errors import InvalidRequest
 
@@ -34,7 +35,7 @@ def check_name(name: str) -> str:
 
 def check_folder(prefix: str) -> str:
     """Return `prefix` if it names a folder ('' or a name and a slash), else raise InvalidRequest."""
-    if prefix and not (prefix.endswith("/") and _NAME.fullmatch(prefix[:-1])):
+    if prefix and not (prefix.endswith("/") and _NAME.fullmatch(prefix[:-1]) and len(prefix) <= 1024):
         raise InvalidRequest("a folder ends with a slash", prefix=repr(prefix)[:140])
     return prefix
 
@@ -47,16 +48,14 @@ def same_bytes(one: Buffer, other: Buffer) -> bool:
     return all(bytes(one[at : at + step]) == bytes(other[at : at + step]) for at in range(0, len(one), step))
 
 
-@dataclass(frozen=True, slots=True)
-class Object:
+class Object(msgspec.Struct, frozen=True):
     """Content and identity of an object at one moment. `etag` changes whenever the content does."""
 
     data: Buffer
     etag: str
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(msgspec.Struct, frozen=True):
     """One line of a listing. `modified_s` is the store's own clock (unix seconds)."""
 
     name: str

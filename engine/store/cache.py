@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from engine.store.base import Buffer, Object, ObjectStore, Range
+from engine.store.base import Buffer, Object, ObjectStore, Range, check_folder, check_name
 from engine.store.extents import CacheStats, ExtentCache
 from engine.store.wrappers import AroundStore
 
@@ -91,7 +91,7 @@ class CachedStore(AroundStore):
     async def get(self, name: str) -> Object:
         if not self._cacheable(name):
             return await self.inner.get(name)
-        kept = await self._run(partial(self._extents.read_whole, name))
+        kept = await self._run(partial(self._extents.read_whole, check_name(name)))
         if kept is not None:
             return Object(*kept)
         flights = self._flights()
@@ -108,7 +108,7 @@ class CachedStore(AroundStore):
         """Of several ranges only the missing ones are asked for, in one call of the inner store."""
         if not self._cacheable(name):
             return await self.inner.get_ranges(name, ranges)
-        kept = await self._run(partial(self._extents.read, name, ranges))
+        kept = await self._run(partial(self._extents.read, check_name(name), ranges))
         missing = list(dict.fromkeys(wanted for wanted, data in zip(ranges, kept, strict=True) if data is None))
         if not missing:
             return [data for data in kept if data is not None]
@@ -121,13 +121,14 @@ class CachedStore(AroundStore):
 
     async def forget(self, names: Sequence[str] = (), *, folder: str | None = None) -> None:
         """Drop what is kept of these objects, or of all objects of a folder ('' or ending in a slash); no request."""
-        await self._run(partial(self._extents.forget, names, folder=folder))
+        checked = [check_name(name) for name in names]
+        await self._run(partial(self._extents.forget, checked, folder=None if folder is None else check_folder(folder)))
 
     async def local_path(self, name: str) -> str | None:
         """The inner store's own file if it has one, else the cache's if the whole object is here (after `get`); the file is longer."""
         path = await self.inner.local_path(name)
         if path is None and self._cacheable(name):
-            path = await self._run(partial(self._extents.path_of, name))
+            path = await self._run(partial(self._extents.path_of, check_name(name)))
         return path
 
     async def settle(self) -> None:

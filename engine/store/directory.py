@@ -13,6 +13,10 @@ up: the kernel drops a lock with its process. Works for processes of one machine
 
 The etag is a hash of the content (xxh3, 128 bits), not times and inodes: two commits within one tick of the clock can
 reuse an inode and leave an object of the same size.
+
+Symbolic links below the root are neither objects nor folders: listings leave them out, and a name that leads through one is refused
+(`store-denied`), so that nothing outside the root is read, written or deleted. The root may be one. Whoever can swap folders for links
+while a call is under way has the rights of the process already.
 """
 
 from __future__ import annotations
@@ -103,10 +107,28 @@ class DirectoryStore:
         return path if await self._run(name, partial(os.path.isfile, path)) else None
 
     async def _run(self, name: str, work: Callable[[], T]) -> T:
+        def checked() -> T:
+            self._refuse_links(name)
+            return work()
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, checked)
         except OSError as error:
+            if isinstance(error, FileNotFoundError | NotADirectoryError) and self._is_root_a_file():
+                raise Unavailable("the root of the store is not a folder", root=self._root) from error
             raise _translated(error, name) from error
+
+    def _is_root_a_file(self) -> bool:
+        """A root that is not there yet is an empty store; one that is something else is none."""
+        return os.path.exists(self._root) and not os.path.isdir(self._root)
+
+    def _refuse_links(self, name: str) -> None:
+        """One lstat for each part of the name: about a microsecond."""
+        path = self._root
+        for part in name.rstrip("/").split("/") if name else ():
+            path = os.path.join(path, part)
+            if os.path.islink(path):
+                raise PermissionError(errno.EPERM, "a symbolic link in the store is not followed")
 
     def _path(self, name: str) -> str:
         return os.path.join(self._root, check_name(name))
@@ -136,8 +158,7 @@ class DirectoryStore:
     @contextlib.contextmanager
     def _staged(self, data: Buffer) -> Iterator[str]:
         """A file with these bytes, safe on the disk, which is renamed away or removed afterwards."""
-        folder = os.path.join(self._root, _OWN, "stage")
-        os.makedirs(folder, exist_ok=True)
+        folder = self._own_folder("stage")
         if not self._swept:
             self._swept = True
             _remove_stale(folder)
@@ -159,8 +180,7 @@ class DirectoryStore:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        folder = os.path.join(self._root, _OWN, "locks")
-        os.makedirs(folder, exist_ok=True)
+        folder = self._own_folder("locks")
         number = xxhash.xxh3_64_intdigest(name.encode()) % _N_LOCKS
         file = os.open(os.path.join(folder, f"{number:02x}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -168,6 +188,16 @@ class DirectoryStore:
             yield
         finally:
             os.close(file)
+
+    def _own_folder(self, name: str) -> str:
+        folder = os.path.join(self._root, _OWN, name)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self._is_root_a_file():
+                raise
+            raise Unavailable("the root of the store cannot be created", root=self._root, cause=error.strerror) from error
+        return folder
 
     def _publish(self, staged: str, path: str) -> None:
         """Rename into place. A folder may vanish under us, when somebody deletes its last object: make it again."""
@@ -205,8 +235,11 @@ class DirectoryStore:
             os.close(file)
 
     def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        try:
             os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            if self._is_root_a_file():
+                raise
         folder = os.path.dirname(path)
         with contextlib.suppress(OSError):
             while folder.startswith(self._root + os.sep):
@@ -214,17 +247,23 @@ class DirectoryStore:
                 folder = os.path.dirname(folder)
 
     def _scan(self, folder: str) -> _Lines:
-        lines: _Lines = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(os.path.join(self._root, folder)) as entries:
+        try:
+            return sorted(self._entries(folder), key=lambda line: line[0])
+        except (FileNotFoundError, NotADirectoryError):
+            if self._is_root_a_file():
+                raise
+            return []
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, os.stat_result | None]]:
+        with os.scandir(os.path.join(self._root, folder)) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.is_symlink():
                     continue
                 if entry.is_dir():
-                    lines.append((f"{folder}{entry.name}/", None))
+                    yield f"{folder}{entry.name}/", None
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    lines.append((folder + entry.name, entry.stat()))
-        return sorted(lines, key=lambda line: line[0])
+                    yield folder + entry.name, entry.stat()
 
     def _holds_an_object(self, folder: str) -> bool:
         return any(status is not None or self._holds_an_object(name) for name, status in self._scan(folder))

@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import msgspec
 import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -410,8 +411,7 @@ class _RemoteStore:
             raise _translated(error, name) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(msgspec.Struct, frozen=True):
     """What an object was found to hold after a write of ours that failed."""
 
     etag: str

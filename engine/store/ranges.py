@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+
+import msgspec
 
 from engine.errors import InvalidRequest
 from engine.store.base import Buffer, Range
@@ -25,8 +26,7 @@ CONNECTION_BYTES_PER_S = 80e6
 """What one connection to S3 brings within a region, as published measurements put it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReadPolicy:
+class ReadPolicy(msgspec.Struct, frozen=True):
     """What a GET is worth.
 
     max_gap_bytes        no larger gap is ever read through, whatever a request costs; bounds waste and memory
@@ -76,8 +76,7 @@ class ReadPolicy:
 DEFAULT_POLICY = ReadPolicy()
 
 
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
+class ReadPlan(msgspec.Struct, frozen=True):
     """`gets` are ascending, never empty, never overlap, and together cover every wanted range."""
 
     wanted: tuple[Range, ...]

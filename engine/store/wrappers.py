@@ -14,8 +14,9 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Literal, TypeVar
+
+import msgspec
 
 from engine.errors import Unavailable
 from engine.store.base import Buffer, Listed, Object, ObjectStore, Range
@@ -26,8 +27,7 @@ _PAGE = 1000
 """Names per page of an S3 listing, and per bulk delete."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One call of a store method. A call of get_ranges is `n_requests` requests, all in flight together."""
 
     kind: Kind
@@ -100,8 +100,7 @@ def _bytes_in(answer: object) -> int:
     return 0
 
 
-@dataclass(slots=True)
-class Cost:
+class Cost(msgspec.Struct):
     """What was asked of a store during a window. Plain numbers once the window is closed.
 
     `rounds` is the length of the longest chain of calls in which each began after the one before had ended; it is the
@@ -110,7 +109,7 @@ class Cost:
     never below the dependent rounds, and equals them where the window is one search over one segment.
     """
 
-    requests: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = msgspec.field(default_factory=Counter)
     bytes_read: int = 0
     bytes_written: int = 0
     rounds: int = 0

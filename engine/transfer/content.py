@@ -150,7 +150,10 @@ class AsFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._content.size_bytes}[whence]
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._content.size_bytes}[whence]
+        if at < 0:
+            raise ValueError(f"a place before the beginning: {at}")
+        self._at = at
         return self._at
 
     def tell(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,8 +16,7 @@ BLOCK_TOKENS = 65_536
 """Decoded at once: 32 MB of float32 at 128 dimensions."""
 
 
-@dataclass(frozen=True)
-class Documents:
+class Documents(msgspec.Struct, frozen=True):
     """Some live documents of one segment: ordinals and ids int64 (n,)."""
 
     snapshot: Snapshot

@@ -44,6 +44,7 @@ import numpy as np
 from engine.config import NBITS, IndexConfig
 from engine.errors import Conflict, CorruptData, InvalidRequest, NotFound, UnsupportedFormat
 from engine.index import bulk
+from engine.transfer.npy import read_header
 
 BLOCK_DOCUMENTS = 1024
 BLOCK_TOKENS = 131_072
@@ -362,7 +363,7 @@ def _malformed(message: str, name: str, **facts: object) -> CorruptData:
 def _object(watch: _Watch, name: str) -> dict[str, Any]:
     try:
         content = json.loads(watch.open(name).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _malformed("not JSON", name, reason=str(error)) from error
     if not isinstance(content, dict):
         raise _malformed("a JSON object was expected", name, found=type(content).__name__)
@@ -380,7 +381,7 @@ def _lengths(watch: _Watch, name: str) -> np.ndarray:
     """A JSON array of counts -> int64 (n,)."""
     try:
         lengths = np.array(msgspec.json.decode(watch.open(name).read_bytes(), type=list[int]), np.int64)
-    except (msgspec.MsgspecError, OverflowError, ValueError) as error:
+    except (msgspec.MsgspecError, OverflowError, ValueError, RecursionError) as error:
         raise _malformed("an array of token counts was expected", name, reason=str(error)) from error
     impossible = np.flatnonzero((lengths < 0) | (lengths > _MOST_TOKENS))
     if len(impossible):
@@ -422,11 +423,9 @@ def _array(watch: _Watch, name: str, kinds: str) -> _Slice:
     """The header of an .npy file. kinds: letters of numpy's dtype kinds that are allowed. Object arrays are pickles, never read."""
     with open(watch.open(name), "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(file)
+            shape, fortran, dtype = read_header(file)
         except ValueError as error:
-            raise _malformed("not an .npy file", name, reason=str(error).splitlines()[0][:200]) from error
+            raise _malformed("not an .npy file", name, reason=str(error)) from error
         start = file.tell()
     if dtype.hasobject:
         raise UnsupportedFormat("an object array is a pickle and is not read", object=name)

@@ -75,7 +75,8 @@ def backup(
     wanted = _moment_of(as_of)
 
     async def work(session: Session) -> Output:
-        from engine.index.indices import list_indices
+        from engine.errors import CorruptData, EngineError
+        from engine.index.indices import survey
         from engine.index.snapshots import generations
         from engine.transfer.backup import backup, generation_of
         from handler.runtime import open_at
@@ -83,17 +84,27 @@ def backup(
         _check_elsewhere(session.url, to)
         source, target = session.runtime.store, open_at(to, session.runtime.settings)
         reports = {}
+        wished, damaged = [index] if index is not None else [], dict[str, EngineError]()
+        if index is None:
+            heads, damaged = await survey(source)
+            wished = list(heads)
         with Reporter("MB") as report:
-            for name in [index] if index is not None else list(await list_indices(source)):
+            for name in wished:
                 numbers: list[int] | None = None
-                if all_generations:
-                    numbers = [line.generation for line in await generations(source, name)]
-                elif wanted is not None:
-                    number = await generation_of(source, name, wanted)
-                    assert number is not None
-                    numbers = [number]
-                reports[name] = await backup(source, name, target, generations=numbers, keep=keep, progress=report)
+                try:
+                    if all_generations:
+                        numbers = [line.generation for line in await generations(source, name)]
+                    elif wanted is not None:
+                        number = await generation_of(source, name, wanted)
+                        assert number is not None
+                        numbers = [number]
+                    reports[name] = await backup(source, name, target, generations=numbers, keep=keep, progress=report)
+                except CorruptData as error:
+                    if index is not None:
+                        raise
+                    damaged[name] = error  # the others are backed up all the same
         lines = [_backup_line(name, found) for name, found in reports.items()]
+        failed = {name: str(error) for name, error in damaged.items()}
 
         def show(console: Console) -> None:
             for line, (name, found) in zip(lines, reports.items(), strict=True):
@@ -101,8 +112,10 @@ def backup(
                 console.print(f"{name}: {said}; {_copied(found.copied)}; {duration(line['seconds'])}", markup=False)
                 if found.dropped:
                     console.print(f"  let go of {count(len(found.dropped), 'older backup')}", markup=False)
+            for name, why in failed.items():
+                console.print(f"{name}: not backed up: {why}", markup=False, style="bold red")
 
-        return Output({"to": to, "indices": lines}, show)
+        return Output({"to": to, "indices": lines, "failed": failed}, show, is_good=not failed)
 
     run(work, store, as_json, memory_bytes=MAINTENANCE_MEMORY_BYTES)
 

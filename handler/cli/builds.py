@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,8 +36,11 @@ def build_status(
     """
 
     async def work(session: Session) -> Output:
+        from engine.errors import InvalidRequest
         from engine.index import joint
 
+        if give_up is not None and not re.fullmatch("[0-9a-f]{32}", give_up):
+            raise InvalidRequest("not the id of a build", build=repr(give_up)[:140])
         await session.runtime.reader.head(index)
         n_removed = 0 if give_up is None else await joint.give_up(session.runtime.store, index, give_up)
         found = [_document(status) for status in await joint.builds(session.runtime.store, index)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import msgspec
 import typer
 
 from handler.cli.session import AsJson, Output, count, facts, fail, print_json, size, stdout, table
@@ -100,9 +100,7 @@ def _region() -> str:
 
 
 def _replaced(measured: Any, changed: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    return replace(measured, **changed)
+    return msgspec.structs.replace(measured, **changed)
 
 
 def _output(month: Month, work: Workload, region: str, measured: Any) -> Output:
@@ -111,10 +109,10 @@ def _output(month: Month, work: Workload, region: str, measured: Any) -> Output:
     document = {
         "region": region,
         "prices_as_of": PRICES_AS_OF,
-        "workload": asdict(work),
-        "measured": asdict(measured) | {"bytes_per_token": {str(n): value for n, value in measured.bytes_per_token}},
+        "workload": msgspec.to_builtins(work),
+        "measured": msgspec.to_builtins(measured) | {"bytes_per_token": {str(n): value for n, value in measured.bytes_per_token}},
         "usd_per_month": month.usd,
-        **asdict(month),
+        **msgspec.to_builtins(month),
     }
     document["container"]["usd"] = month.container.usd
 

@@ -7,6 +7,7 @@ turns failures into one line on stderr and exit code 1. Only JSON or the answer 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "./data/indices"
 """That of Settings, shown by --help without importing it; a test compares."""
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PIPED_COLUMNS = 160
 """Width of what does not go to a terminal."""
 MAINTENANCE_MEMORY_BYTES = 128 << 20
@@ -115,7 +117,7 @@ async def _run(work: Work, settings: Any, as_json: bool, makes_store: bool) -> O
             check_is_there(settings.index_dir)
         return await work(Session(runtime, settings.index_dir, as_json))
     finally:
-        runtime.close()
+        await runtime.aclose()
 
 
 def check_is_there(url: str) -> None:
@@ -135,21 +137,37 @@ def check_is_there(url: str) -> None:
 
 
 def stdout() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+    return _console(highlight=False, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
 
 
 def stderr() -> Console:
-    from rich.console import Console
+    return _console(stderr=True, highlight=False, soft_wrap=True)
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+def _console(**options: Any) -> Console:
+    """A console that shows documents, names and notes of others without what would command the terminal."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Quiet(Console):
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(harmless(segment.text), segment.style)
+
+    return Quiet(**options)
+
+
+def harmless(text: str) -> str:
+    """Without control characters but line ends and tabs: escape sequences of a terminal begin with one."""
+    return _CONTROLS.sub("", text)
 
 
 def print_json(document: Any) -> None:
     import msgspec
 
-    sys.stdout.write(msgspec.json.encode(document, enc_hook=str).decode() + "\n")
+    from handler.logs import one_line
+
+    sys.stdout.write(one_line(msgspec.json.encode(document, enc_hook=str).decode()) + "\n")
 
 
 def fail(message: str, as_json: bool, *, code: str, **details: object) -> NoReturn:
@@ -162,7 +180,7 @@ def fail(message: str, as_json: bool, *, code: str, **details: object) -> NoRetu
     else:
         facts = "".join(f" {key}={value}" for key, value in details.items())
         line = f"tartan: {message}{facts}"
-    sys.stderr.write(" ".join(line.splitlines()) + "\n")
+    sys.stderr.write(harmless(" ".join(line.splitlines())) + "\n")
     raise typer.Exit(1)
 
 

@@ -109,8 +109,8 @@ async def versions(case: Case, findings: Findings, heads: dict[str, Head]) -> No
     check = "versions pinned"
     if not case.lock.exists():
         return findings.skipped(check, f"no lock file {case.lock.name} here; --lock names one")
-    pinned = {name: version for name, version, condition in _PIN.findall(case.lock.read_text()) if "win32" not in condition}
-    other = [f"{name} {found} ({pin})" for name, pin in pinned.items() if (found := _installed(name)) not in (None, pin)]
+    pinned = _pins(case.lock.read_text())
+    other = [f"{name} {found} ({', '.join(pins)})" for name, pins in pinned.items() if (found := _installed(name)) and found not in pins]
     said = (
         f"the {len(pinned)} packages of {case.lock.name} are as they were tested"
         if not other
@@ -118,6 +118,15 @@ async def versions(case: Case, findings: Findings, heads: dict[str, Head]) -> No
     )
     more = f" and {len(other) - 5} more" if len(other) > 5 else ""
     findings.judged(check, bool(pinned) and not other, said + more, f"pip install --require-hashes -r {case.lock.name}")
+
+
+def _pins(text: str) -> dict[str, list[str]]:
+    """Package -> the versions that the lock names; it may name one for each Python."""
+    found: dict[str, list[str]] = {}
+    for name, version, condition in _PIN.findall(text):
+        if "win32" not in condition:
+            found.setdefault(name, []).append(version)
+    return found
 
 
 def _installed(name: str) -> str | None:

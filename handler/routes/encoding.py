@@ -12,7 +12,7 @@ import numpy as np
 from engine.errors import EngineError, Unavailable
 from engine.scoring.brute_force import maxsim
 from handler import tracing, wire
-from handler.problems import Problem, bad_request, model_not_loaded
+from handler.problems import Problem, bad_request, model_not_loaded, shown
 from handler.routes.endpoint import Call, Endpoint, Reply
 
 
@@ -40,7 +40,8 @@ async def _encode(call: Call, input_type: str, texts: Sequence[str], pool_factor
     except (Unavailable, asyncio.CancelledError):
         raise
     except EngineError as error:
-        raise Problem("MODEL_ERROR", f"the encoder failed: {error}") from error
+        call.runtime.log.error("encoder failed", code=error.code, error=str(error))
+        raise Problem("MODEL_ERROR", f"the encoder failed: {shown(error)}") from error
     return tokens, offsets
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import msgspec
 from litestar import Request, Response
 from litestar.response import Stream
 
@@ -42,18 +42,16 @@ INLINE_BYTES = 64 << 10
 Timeout = Literal["short", "long"]
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(msgspec.Struct):
     """An answer: `content` is a structure, or bytes as they are, or an iterator of chunks."""
 
     content: object
     status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
     media_type: str = JSON
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """One request on its way: what it carries and what it may use."""
 
     runtime: Runtime
@@ -64,7 +62,7 @@ class Call:
     caller: KeyRecord | None = None
     body: Any = None
     is_large: bool = False
-    cost: Cost = field(default_factory=Cost)
+    cost: Cost = msgspec.field(default_factory=Cost)
     """What the request has asked of the store so far, opening the index included."""
 
     @property
@@ -137,8 +135,7 @@ async def open_snapshot(runtime: Runtime, name: str, *, max_age_s: float, genera
         raise
 
 
-@dataclass(frozen=True)
-class Endpoint:
+class Endpoint(msgspec.Struct, frozen=True):
     """One row of the API.
 
     name         operation id and metrics label
@@ -174,6 +171,11 @@ class Endpoint:
         """Whether it writes to the store. The self test asks for an admin's key only because it costs much."""
         return self.scope in ("write", "admin") and self.group != "selftest"
 
+    @property
+    def is_behind_balancers(self) -> bool:
+        """Whether balancers close it, by its path: then only one spelling is served. Another (a second slash, %69) may pass their rules."""
+        return self.area == "metrics" or self.path.startswith("/internal/")
+
 
 async def dispatch(endpoint: Endpoint, runtime: Runtime, limits: Limits, request: Request[Any, Any, Any]) -> Response[Any] | Stream:
     """Take one request through its endpoint, counted as active. Raises Problem, or what a programming mistake raises."""
@@ -190,6 +192,8 @@ async def _dispatch(endpoint: Endpoint, runtime: Runtime, limits: Limits, reques
     call = Call(runtime, headers, request.path_params, request.query_params, record)
     settings = runtime.settings
     try:
+        if endpoint.is_behind_balancers and request.scope["state"]["spelt"] != endpoint.path:
+            raise Problem("NO_SUCH_ROUTE", "there is no such route")
         index = call.path.get("name")
         call.caller = runtime.gate.admit(headers, endpoint.scope, area=endpoint.area, index=index)
         record.key_id = call.caller.id if call.caller else None
@@ -197,19 +201,22 @@ async def _dispatch(endpoint: Endpoint, runtime: Runtime, limits: Limits, reques
             raise read_only()
         if endpoint.is_rate_limited:
             limits.spend(_client(request, trusts_proxy=settings.trust_proxy))
+        limits.refuse_in_overrun(endpoint.group)
         async with asyncio.timeout(settings.short_timeout_s if endpoint.timeout == "short" else settings.timeout_s):
-            async with limits.place(endpoint.group):
-                if endpoint.body is None:
+            if endpoint.body is None:
+                async with limits.place(endpoint.group):
                     return await _answer(endpoint, call)
-                max_bytes = DELETE_BODY_BYTES if endpoint.method == "DELETE" else settings.max_body_bytes
-                async with limits.body(request, min(max_bytes, settings.max_body_bytes)) as raw:
-                    call.is_large = len(raw) > INLINE_BYTES
-                    if raw or not endpoint.is_body_optional:
-                        _check_content_type(headers.get("content-type"))
-                        call.body = await call.compute(lambda: read_body(raw, endpoint.body))
-                    else:
-                        call.body = endpoint.body()
-                    return await _answer(endpoint, call)
+            max_bytes = DELETE_BODY_BYTES if endpoint.method == "DELETE" else settings.max_body_bytes
+            # The body first: a client that sends slowly holds no place, and one that is refused can send its next request on the same connection.
+            async with limits.body(request, min(max_bytes, settings.max_body_bytes)) as raw, limits.place(endpoint.group):
+                call.is_large = len(raw) > INLINE_BYTES
+                if raw or not endpoint.is_body_optional:
+                    _check_content_type(headers.get("content-type"))
+                    _check_encoding(headers.get("content-encoding"))
+                    call.body = await call.compute(lambda: read_body(raw, endpoint.body))
+                else:
+                    call.body = endpoint.body()
+                return await _answer(endpoint, call)
     except Problem as problem:
         record.error_code = problem.code
         raise
@@ -248,6 +255,12 @@ def _check_content_type(content_type: str | None) -> None:
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != JSON and not (kind.startswith("application/") and kind.endswith("+json")):
         raise Problem("UNSUPPORTED_MEDIA_TYPE", "the body must be sent as Content-Type: application/json")
+
+
+def _check_encoding(encoding: str | None) -> None:
+    """A compressed body is refused by its header: unpacked it could be a thousand times what was counted, and as it is it is no JSON."""
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise Problem("UNSUPPORTED_MEDIA_TYPE", "the body must be sent as it is, without Content-Encoding")
 
 
 def _client(request: Request[Any, Any, Any], *, trusts_proxy: bool) -> str:

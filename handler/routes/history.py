@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from engine.config import INDEX_NAME
-from engine.errors import NotFound
+from engine.errors import NotFound, Unavailable
 from engine.evaluate import Exhaustive, recall_at_k
 from engine.index import snapshots
 from engine.index.reader import Snapshot
@@ -137,6 +138,7 @@ async def get_alias(call: Call) -> Reply:
     alias = call.path["alias"]
     index = await _alias_target(call, alias)
     if index is None:
+        call.runtime.gate.admit_index(call.caller, alias)  # whether a name outside the key's reach exists is not said
         raise Problem("ALIAS_NOT_FOUND", f"no alias named '{alias}'")
     call.runtime.gate.admit_index(call.caller, index)
     return Reply(wire.AliasLine(alias, index))
@@ -159,6 +161,7 @@ async def delete_alias(call: Call) -> Reply:
     alias = call.path["alias"]
     index = await _alias_target(call, alias)
     if index is None:
+        call.runtime.gate.admit_index(call.caller, alias)  # whether a name outside the key's reach exists is not said
         raise Problem("ALIAS_NOT_FOUND", f"no alias named '{alias}'")
     call.runtime.gate.admit_index(call.caller, index)
     await call.runtime.aliases.drop(alias)
@@ -214,7 +217,7 @@ async def _documents(snapshot: Snapshot, wanted: np.ndarray) -> AsyncIterator[tu
 
 
 async def export(call: Call) -> Reply:
-    """One JSON object per line and document. The generation is held by a temporary pin while lines are sent."""
+    """One JSON object per line and document. The generation is held by a temporary pin while lines are sent, if this server may write."""
     snapshot = await call.filled_snapshot()
     with_vectors = call.query.get("vectors", "true").lower() not in ("false", "0", "no")
     lines = _lines(call, snapshot, with_vectors)
@@ -231,7 +234,7 @@ async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
 
 async def _lines(call: Call, snapshot: Snapshot, with_vectors: bool) -> AsyncIterator[bytes]:
     """Chunks of EXPORT_LINES lines; between two of them other requests have their turn."""
-    async with snapshots.held(call.runtime.store, snapshot.index, snapshot.manifest.generation, "export"):
+    async with _held_if_writable(call, snapshot):
         chunk: list[bytes] = []
         async for line in json_lines(snapshot, with_vectors=with_vectors):
             chunk.append(line)
@@ -241,6 +244,21 @@ async def _lines(call: Call, snapshot: Snapshot, with_vectors: bool) -> AsyncIte
                 await asyncio.sleep(0)
         if chunk:
             yield b"".join(chunk)
+
+
+@asynccontextmanager
+async def _held_if_writable(call: Call, snapshot: Snapshot) -> AsyncIterator[None]:
+    """A server that only reads has no pin: garbage collection leaves what was in force within the hour."""
+    async with AsyncExitStack() as holding:
+        if not call.runtime.settings.read_only:
+            try:
+                await holding.enter_async_context(
+                    snapshots.held(call.runtime.store, snapshot.index, snapshot.manifest.generation, "export")
+                )
+            except Unavailable as error:
+                if error.code != "store-denied":
+                    raise
+        yield
 
 
 _ADMIN: dict[str, Any] = {"tag": "history", "scope": "admin", "group": "history"}

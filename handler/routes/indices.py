@@ -12,7 +12,8 @@ from engine.config import INDEX_NAME, IndexConfig
 from engine.errors import NotFound
 from engine.format.manifest import Manifest, SegmentRef
 from engine.index.commit import create
-from engine.index.indices import drop, list_indices
+from engine.index.indices import drop, survey
+from engine.index.plan import newest_codec
 from engine.index.reader import Snapshot
 from handler import wire
 from handler.problems import Problem, bad_request
@@ -43,9 +44,9 @@ async def _is_alias(runtime: Runtime, name: str) -> bool:
 
 
 async def listed(call: Call) -> Reply:
-    heads = await list_indices(call.runtime.store)
+    heads, unreadable = await survey(call.runtime.store)
     names = [name for name, head in heads.items() if head.manifest.dim is not None]
-    return Reply(call.runtime.gate.visible(call.caller, sorted(names)))
+    return Reply(call.runtime.gate.visible(call.caller, sorted([*names, *unreadable])))
 
 
 async def describe(call: Call) -> Reply:
@@ -90,7 +91,7 @@ def numbers_of(manifest: Manifest, deleted: Mapping[str, int] | None = None) -> 
         n_deleted = segment.tombstones.n_deleted if segment.tombstones is not None else 0
         estimate = round(segment.n_tokens * n_deleted / max(segment.n_documents, 1))
         n_tokens += segment.n_tokens - (estimate if deleted is None else deleted.get(segment.id, 0))
-    newest = max(manifest.codecs, key=lambda codec: codec.id, default=None)
+    newest = newest_codec(manifest)
     return {
         "num_documents": manifest.n_documents,
         "num_embeddings": n_tokens,

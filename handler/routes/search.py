@@ -6,7 +6,6 @@ The order of the checks is API.md's (11, a to g), so that a client that expects 
 from __future__ import annotations
 
 import asyncio
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from handler import tracing, wire
 from handler.problems import Problem, bad_request, index_not_found, metadata_not_found, outward
 from handler.routes.encoding import encode_queries
 from handler.routes.endpoint import Call, Endpoint, Reply
+from handler.runtime import architecture
 
 if TYPE_CHECKING:
     from engine.fanout import FanOut
@@ -349,7 +349,7 @@ def _dollars(call: Call, stats: SearchStats) -> float:
         memory_mb=settings.function_mb,
         invocations=1 if settings.function_mb else 0,
     )
-    return usage.usd(prices_near(settings.region), "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64")
+    return usage.usd(prices_near(settings.region), architecture())
 
 
 async def _keyword(snapshot: Snapshot, texts: Sequence[str], k: int, subset: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:

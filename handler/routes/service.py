@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import msgspec
 
-from engine.index.indices import list_indices
+from engine.errors import EngineError
+from engine.index.indices import survey
 from handler import wire
 from handler.problems import Problem, unavailable
 from handler.routes.endpoint import Call, Endpoint, Reply
 from handler.routes.indices import summary_of
-from handler.runtime import release
+from handler.runtime import Runtime, release
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
-MEDIA_TYPES = {
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
+MEDIA_TYPES = {  # Litestar adds the character set to text
+    ".js": "text/javascript",
+    ".css": "text/css",
     ".png": "image/png",
-    ".html": "text/html; charset=utf-8",
+    ".html": "text/html",
 }
 _PAGE_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+_PAGE_HEADERS = {"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"}
 
 
 async def health(call: Call) -> Reply:
     """NextPlaid's health. While the server drains it is 503, so that balancers look elsewhere."""
     _check_serving(call)
     runtime = call.runtime
-    heads = await list_indices(runtime.store)
+    heads, unreadable = await survey(runtime.store)
+    _note_unreadable(runtime, unreadable)
     visible = runtime.gate.visible(call.caller, list(heads))
+    is_known = runtime.gate.is_open or call.caller is not None  # where things lie is nothing for passers-by
     answer = wire.Health(
         status="healthy",
         version=release(),
         loaded_indices=sum(runtime.reader.known_head(name) is not None for name in visible),
-        index_dir=runtime.settings.index_dir,
+        index_dir=runtime.settings.index_dir if is_known else "",
         memory_usage_bytes=runtime.reader.parts.memory.used_bytes,
         indices=[summary_of(name, heads[name].manifest) for name in visible],
         updates=[],
@@ -43,7 +48,16 @@ async def health(call: Call) -> Reply:
     info = await runtime.model_info()
     if info is not None:
         answer.model = {key: value for key, value in msgspec.to_builtins(info).items() if value is not None or key != "name"}
+        if not is_known:
+            answer.model["path"] = ""
     return Reply(answer)
+
+
+def _note_unreadable(runtime: Runtime, unreadable: Mapping[str, EngineError]) -> None:
+    """One index that cannot be read is no reason to take the server out for all: it is left out of the answer, and counted."""
+    for error in unreadable.values():
+        if runtime.metrics is not None:
+            runtime.metrics.errors.labels(error.code).inc()
 
 
 def _check_serving(call: Call) -> None:
@@ -70,11 +84,11 @@ async def metrics(call: Call) -> Reply:
         raise Problem("NO_SUCH_ROUTE", "metrics are switched off")
     call.runtime.count_process()
     text = await asyncio.to_thread(found.render)
-    return Reply(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Reply(text, media_type="text/plain; version=0.0.4")
 
 
 async def documentation(call: Call) -> Reply:
-    return Reply(_static("index.html"), media_type=MEDIA_TYPES[".html"], headers={"Content-Security-Policy": _PAGE_POLICY})
+    return Reply(_static("index.html"), media_type=MEDIA_TYPES[".html"], headers=_PAGE_HEADERS)
 
 
 async def asset(call: Call) -> Reply:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from engine import fanout
+from engine.config import INDEX_NAME
 from engine.fanout import Ranked, Step
 from handler.fanout import SHARD_PATH, ShardAnswer
+from handler.problems import index_not_found
 from handler.routes.endpoint import Call, Endpoint, Reply
 
 
 async def shard(call: Call) -> Reply:
     step: Step = call.body
     call.runtime.gate.admit_index(call.caller, step.job.index)
+    if not INDEX_NAME.fullmatch(step.job.index):
+        raise index_not_found(step.job.index)
     done = await fanout.take(call.runtime.searcher, step)
     call.record.index, call.record.generation = step.job.index, step.job.generation
     return Reply(ShardAnswer(ranked=done) if isinstance(done, Ranked) else ShardAnswer(scored=done))

@@ -101,7 +101,7 @@ async def _commit(call: Call, snapshot: Snapshot, upload_id: str, data: Buffer) 
 async def _read(call: Call, data: bytes) -> Add:
     """The documents of an upload, checked as those of a plain add are."""
     if data.startswith(b"PK\x03\x04"):
-        return await call.compute(lambda: _from_source(data))
+        return await call.compute(lambda: _from_source(data, call.runtime.settings.max_upload_bytes))
     try:
         body = await call.compute(lambda: wire.read_body(data, wire.UpdateRequest))
     except Problem as no_vectors:
@@ -110,7 +110,7 @@ async def _read(call: Call, data: bytes) -> Add:
         except Problem:
             if no_vectors.code == "UNPROCESSABLE" and data.lstrip().startswith(b'{"documents"'):
                 raise no_vectors from None
-            return await call.compute(lambda: _from_source(data))
+            return await call.compute(lambda: _from_source(data, call.runtime.settings.max_upload_bytes))
         rows = checked_rows(texts.metadata, texts.ids, len(texts.documents))
         tokens, offsets = await encode_documents(call, texts.documents, texts.pool_factor)
         return await call.compute(lambda: Add.of(tokens, offsets, rows, texts.ids))
@@ -137,14 +137,14 @@ class _Bytes:
         return [self._data[start:end] for start, end in ranges]
 
 
-def _from_source(data: bytes) -> Add:
+def _from_source(data: bytes, max_bytes: int) -> Add:
     from engine.transfer.vectors import VectorLines, kind_of, open_npz
 
     content = _Bytes(data)
     kind = kind_of(content)
     if kind not in ("npz", "vectors"):
         raise bad_request("an upload is the JSON body of an add, JSON lines with embeddings, or an .npz with tokens and doclens")
-    source: Any = open_npz(content) if kind == "npz" else VectorLines(content)
+    source: Any = open_npz(content, max_member_bytes=max_bytes) if kind == "npz" else VectorLines(content)
     blocks = list(source.blocks(0))
     tokens = np.concatenate([block.tokens for block in blocks])
     lengths = np.concatenate([np.diff(block.offsets) for block in blocks])

@@ -4,7 +4,8 @@
     make load URL=https://search.example.com INDEX=papers SECONDS=60 CONNECTIONS=32
 
 Without --index an index is made for the test and deleted afterwards: --documents of 100 tokens of 128 dimensions, random, flat. Its figures
-say what nginx, HTTP and small searches cost, not what your collection will: name an index for that. TARTAN_API_KEY is sent if set.
+say what nginx, HTTP and small searches cost, not what your collection will: name an index for that, and pieces of its first documents are the
+queries (people's are harder: `tartan recall`). TARTAN_API_KEY is sent if set; it needs the scope search.
 
 The result has: at (UTC), url, index, connections, seconds, requests, failures, p50_ms, p95_ms, p99_ms, requests_per_s. Exit status 1 if any failed.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def main() -> int:
         url = options.url.rstrip("/") or stack.enter_context(_own_replicas())
         api = Api(url)
         index = options.index or stack.enter_context(_own_index(api, options.documents))
-        figures = _search(api, index, options.seconds, options.connections)
+        queries = _pieces(api, index) if options.index else [_random_vectors(random.Random(n), QUERY_TOKENS) for n in range(N_BODIES)]
+        figures = _search(api, index, queries, options.seconds, options.connections)
     result = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "url": url,
@@ -75,10 +78,13 @@ class Api:
         self.key = os.environ.get("TARTAN_API_KEY", "")
 
     def __call__(self, method: str, path: str, body: object = None) -> Any:
+        with self.open(method, path, body) as answer:
+            return json.load(answer)
+
+    def open(self, method: str, path: str, body: object = None) -> Any:
         headers = {"Content-Type": "application/json"} | ({"X-API-Key": self.key} if self.key else {})
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method), timeout=120) as answer:
-            return json.load(answer)
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method), timeout=120)
 
 
 @contextlib.contextmanager
@@ -95,23 +101,41 @@ def _own_index(api: Api, n_documents: int) -> Iterator[str]:
     api("POST", "/indices", {"name": name})
     try:
         for start in range(0, n_documents, 100):
-            batch = [_vectors(rng, DOCUMENT_TOKENS) for _ in range(min(100, n_documents - start))]
+            batch = [_random_vectors(rng, DOCUMENT_TOKENS) for _ in range(min(100, n_documents - start))]
             api("POST", f"/indices/{name}/update", {"documents": batch})
         yield name
     finally:
         api("DELETE", f"/indices/{name}")
 
 
-def _vectors(rng: random.Random, n_tokens: int, dim: int = DIM) -> dict[str, Any]:
-    values = [rng.gauss(0.0, 1.0) for _ in range(n_tokens * dim)]
-    return {"embeddings_b64": base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode(), "shape": [n_tokens, dim]}
+def _random_vectors(rng: random.Random, n_tokens: int) -> dict[str, Any]:
+    rows = [struct.pack(f"<{DIM}f", *(rng.gauss(0.0, 1.0) for _ in range(DIM))) for _ in range(n_tokens)]
+    return _packed(rows)
 
 
-def _search(api: Api, index: str, seconds: int, connections: int) -> dict[str, Any]:
-    dim, rng = api("GET", f"/indices/{index}")["dimension"], random.Random(1)
+def _packed(rows: Sequence[bytes]) -> dict[str, Any]:
+    """Vectors of float32 as a body wants them."""
+    return {"embeddings_b64": base64.b64encode(b"".join(rows)).decode(), "shape": [len(rows), len(rows[0]) // 4]}
+
+
+def _pieces(api: Api, index: str) -> list[dict[str, Any]]:
+    """Of each of the first documents, tokens from all over it."""
+    with api.open("GET", f"/indices/{index}/export") as lines:
+        documents = [json.loads(line) for line in itertools.islice(lines, N_BODIES)]
+    return [_packed(_spread(document)) for document in documents if document["shape"][0]]
+
+
+def _spread(document: dict[str, Any]) -> list[bytes]:
+    n_tokens, dim = document["shape"]
+    packed = base64.b64decode(document["embeddings_b64"])
+    step = max(1, n_tokens // QUERY_TOKENS)
+    return [packed[at * 4 * dim : (at + 1) * 4 * dim] for at in range(0, n_tokens, step)][:QUERY_TOKENS]
+
+
+def _search(api: Api, index: str, queries: Sequence[dict[str, Any]], seconds: int, connections: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as bodies:
-        for _ in range(N_BODIES):
-            bodies.write(json.dumps({"queries": [_vectors(rng, QUERY_TOKENS, dim)], "params": {"top_k": 10}}) + "\n")
+        for query in queries:
+            bodies.write(json.dumps({"queries": [query], "params": {"top_k": 10}}) + "\n")
         bodies.flush()
         threads = str(min(2, connections))
         command = [

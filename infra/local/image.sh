@@ -5,6 +5,7 @@
 #   image.sh build   localhost/tartan from infra/Dockerfile; BASE=... for another base, PIP_CONF=... for a pip.conf, CA=... for a certificate bundle
 #   image.sh lambda  localhost/tartan-encoder from infra/Dockerfile.lambda-encoder, after build
 #   image.sh test    start its server as user 10001 on a read-only root without a shell, and ask it
+#   image.sh lambda-test   start the encoder's function in AWS's runtime emulator, and let it encode; MODEL=... for a model's folder
 #
 # With docker or podman none of this is needed: see the head of infra/Dockerfile.
 set -euo pipefail
@@ -48,5 +49,6 @@ case "${1:-}" in
     build) build Dockerfile "$IMAGE" ;;
     lambda) build Dockerfile.lambda-encoder "$IMAGE-encoder" ;;
     test) exec "${PYTHON:-python3}" infra/local/image_test.py "$IMAGE" ;;
-    *) sed -n '2,10p' "$0"; exit 2 ;;
+    lambda-test) exec "${PYTHON:-python3}" infra/local/image_lambda_test.py "$IMAGE-encoder" ;;
+    *) sed -n '2,11p' "$0"; exit 2 ;;
 esac

@@ -26,10 +26,10 @@ mount --make-rprivate /
 mount --bind "$1" "$1"
 mount --rbind /dev "$1/dev"
 mount --bind /proc "$1/proc"
-mount --bind "$2" "$1/var/cache/tartan"
+mount --bind "$2" "$1$3"
 mount --bind /etc/resolv.conf "$1/etc/resolv.conf" 2>/dev/null || true
 mount -o remount,ro,bind "$1"
-root=$1; shift 2
+root=$1; shift 3
 exec setpriv --no-new-privs /usr/sbin/chroot --userspec=10001:10001 --groups= "$root" "$@"
 """
 
@@ -39,9 +39,10 @@ def out(*command: str) -> str:
 
 
 class Container:
-    """The mounted image and its volume."""
+    """The mounted image and its volume, a folder of this machine that is its one writable place, at `writable`."""
 
-    def __init__(self, image: str, volume: Path) -> None:
+    def __init__(self, image: str, volume: Path, writable: str = "/var/cache/tartan") -> None:
+        self.writable = writable
         self.name = out("buildah", "from", image)
         self.config: dict[str, Any] = json.loads(out("buildah", "inspect", "--type", "container", self.name))["Docker"]["config"]
         self.root, self.volume = Path(out("buildah", "mount", self.name)), volume
@@ -51,7 +52,7 @@ class Container:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         inherited = dict(variable.split("=", 1) for variable in self.config["Env"])
-        wrapped = ["unshare", "--mount", "bash", "-c", INSIDE, "container", str(self.root), str(self.volume), *command]
+        wrapped = ["unshare", "--mount", "bash", "-c", INSIDE, "container", str(self.root), str(self.volume), self.writable, *command]
         return subprocess.Popen(wrapped, env={"PATH": os.environ["PATH"], **inherited, **environment})
 
     def run(self, *command: str, **environment: str) -> int:

@@ -47,7 +47,8 @@ def find_emulator() -> str | None:
     """Path of the emulator's binary, None if there is none on this machine."""
     name = f"aws-lambda-rie-{'arm64' if platform.machine() in ('aarch64', 'arm64') else 'x86_64'}"
     candidates = [os.environ.get("TARTAN_RIE"), shutil.which("aws-lambda-rie"), shutil.which(name)]
-    if sam := shutil.which("sam"):
+    own = Path(__file__).resolve().parents[2] / "build/venv-sam/bin/sam"  # of make sam-validate
+    if sam := shutil.which("sam") or (str(own) if own.exists() else None):
         candidates += [
             str(path) for path in Path(sam).resolve().parent.parent.glob(f"lib/python3*/site-packages/samcli/local/rapid/{name}")
         ]

@@ -123,7 +123,7 @@ class LoopbackEndpoint(endpoints.TCP4ServerEndpoint):
 
 if __name__ == "__main__":
     runtime_executor.get_runtime_executor = lambda: ProcessExecutor
-    endpoints.TCP4ServerEndpoint = LoopbackEndpoint  # type: ignore[misc]
+    endpoints.TCP4ServerEndpoint = LoopbackEndpoint
     from localstack.runtime.main import main
 
     main()

@@ -223,9 +223,9 @@ async def check_search(cloud: Cloud, reader: Reader, snapshot: Snapshot, corpus:
     params = SearchParams(k=10)
     try:
         for mode in ("cold", "warm"):
-            machine.mode = mode  # type: ignore[assignment]
+            machine.mode = mode
             fan = FanOut(Searcher(reader), machine, min_bytes=0)
-            expected = [(await Searcher(reader).search(snapshot, [query], params, mode=mode))[0] for query in corpus.queries]  # type: ignore[arg-type]
+            expected = [(await Searcher(reader).search(snapshot, [query], params, mode=mode))[0] for query in corpus.queries]
             began = time.perf_counter()
             answers = [(await fan.search(snapshot, [query], params))[0] for query in corpus.queries]
             ms = (time.perf_counter() - began) * 1000 / len(answers)

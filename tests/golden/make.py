@@ -160,6 +160,10 @@ def objects() -> dict[str, bytes]:
                 segment=flat.ref,
             )
         ),
+        "upload_claim": markers.write_marker(markers.Upload(created_s=1764000000.5, index_id=IDS["index"], generation=6)),
+        "upload_receipt": markers.write_marker(
+            markers.Upload(created_s=1764000000.5, index_id=IDS["index"], generation=7, first_id=995, last_id=999)
+        ),
     }
 
 

@@ -6,6 +6,7 @@ model.py      plain dictionaries of generations and documents, and what each ope
 audit.py      what stored bytes say, read without the engine's index layer
 world.py      bucket, model and processes together; every check
 actors.py     what processes do
+scenes.py     directed episodes: a call stands still while others do what may hurt it
 runner.py     episodes, traces, shrinking
 mutations.py  planted mistakes that the simulation must catch
 """

@@ -387,9 +387,16 @@ class Client:
     # Maintenance
 
     async def _compact(self, index: str) -> None:
+        await self._compact_with(index, self.rng.choice((0, 40, 100)), self.rng.choice((1, 2, 3, 12)))
+
+    async def _fold(self, index: str) -> None:
+        """Compaction until nothing is left to do and nothing is flat."""
+        await self._compact_with(index, 0, 12)
+
+    async def _compact_with(self, index: str, max_flat_tokens: int, max_steps: int) -> None:
         op = self.world.begin("compact", index, self.process)
-        params = msgspec.structs.replace(self.world.params, max_flat_tokens=self.rng.choice((0, 40, 100)))
-        report = await self._call(op, compact.compact(self.reader, index, params=params, max_steps=self.rng.choice((1, 2, 3, 12))))
+        params = msgspec.structs.replace(self.world.params, max_flat_tokens=max_flat_tokens)
+        report = await self._call(op, compact.compact(self.reader, index, params=params, max_steps=max_steps))
         if report is not None:
             for kind, n in report.steps.items():
                 self.world.counts[f"compaction {kind}"] += n

@@ -17,6 +17,7 @@ from engine.index.sweep import sweep
 from engine.index.verify import verify
 
 from .actors import INDICES, OF_GARBAGE, WEIGHTS, Fate
+from .scenes import SCENES, Stage
 from .scheduler import PROCESS, Process
 from .store import CALM, Weather
 from .world import Settings, Violation, World
@@ -40,7 +41,8 @@ class Outcome:
 def settings_of(seed: int, episode: int, steps: int) -> Settings:
     """Circumstances of one episode, drawn from its seed: how bad the weather is, how many processes, how much chance."""
     rng = random.Random(f"settings {seed} {episode}")
-    storm = rng.choice((0.0, 0.3, 1.0, 2.0, 5.0))
+    scenes = SCENES if episode % 2 else ()
+    storm = rng.choice((0.0, 0.0, 0.3, 1.0) if scenes else (0.0, 0.3, 1.0, 2.0, 5.0))
     weather = Weather(**{name: storm * getattr(STORMY, name) * rng.choice((0, 1, 1)) for name in Weather.__dataclass_fields__})
     flavour = rng.choice(("both", "garbage", "garbage", "writing"))
     weights = {kind: weight * rng.choice((0.3, 1, 1, 3)) for kind, weight in WEIGHTS.items()}
@@ -52,6 +54,7 @@ def settings_of(seed: int, episode: int, steps: int) -> Settings:
     return Settings(
         seed=f"{seed}.{episode}",
         steps=steps,
+        scenes=scenes,
         weather=weather,
         n_processes=rng.randint(2, 4),
         n_clients=rng.randint(1, 4),
@@ -99,8 +102,7 @@ def _collector_at_rest() -> Iterator[None]:
 
 
 async def _episode(world: World) -> None:
-    fate = Fate(world)
-    await fate.run()
+    await (Stage(world) if world.settings.scenes else Fate(world)).run()
     world.weather, world.bucket.lag_s = CALM, 0.0
     await asyncio.sleep(120)  # what is still on its way arrives
     await _check_at_rest(world)
@@ -222,6 +224,7 @@ def _simpler(settings: Settings, max_runs: int):  # type: ignore[no-untyped-def]
         lambda now: replace(now, lulls=0.0),
         lambda now: replace(now, hot=1.0),
     ]
+    ways += [lambda now, scene=scene: replace(now, scenes=(scene,)) if now.scenes else None for scene in dict.fromkeys(SCENES)]
     ways += [lambda now, fault=fault: replace(now, weather=now.weather.without(fault)) for fault in Weather.__dataclass_fields__]
     ways += [lambda now: replace(now, n_clients=now.n_clients - 1) if now.n_clients > 1 else None] * 3
     ways += [lambda now: replace(now, n_processes=now.n_processes - 1) if now.n_processes > 1 else None] * 3
@@ -247,11 +250,12 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--mutations", action="store_true", help="plant each known mistake in turn and state how many are caught")
     parser.add_argument("--only", default="", help="with --mutations: those whose name contains this")
+    parser.add_argument("--processes", type=int, default=1, help="with --mutations: how many at once")
     args = parser.parse_args()
     if args.mutations:
         from .mutations import main as mutate
 
-        return mutate(args.steps, args.seed, args.only)
+        return mutate(args.steps, args.seed, args.only, args.processes)
     outcome = simulate(args.seed, args.steps, episode_steps=args.episode_steps, report=args.verbose)
     if args.verbose:
         for name, n in sorted(outcome.counts.items()):

@@ -29,6 +29,8 @@ class Process:
         self.tasks: dict[asyncio.Task[Any], None] = {}
         self.frozen_until = 0.0
         self.dead = False
+        self.on_served: Callable[[str, str], None] | None = None
+        """Is told of each request of this process that was served: kind and name."""
 
     def kill(self) -> None:
         """Nothing of it runs on: each task gets an exception at its await, and every further call to a store or clock fails."""

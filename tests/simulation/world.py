@@ -7,7 +7,6 @@ clients were told is compared with that history when their calls return.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
 from collections import Counter, deque
@@ -115,6 +114,8 @@ class Settings:
     think_s: float = 0.4
     hot: float = 0.0
     lag_s: float = 0.0
+    scenes: tuple[str, ...] = ()
+    """Not empty: a directed episode of these scenes (scenes.py) instead of one in which everybody does as he likes."""
     keep_trace: bool = False
 
 
@@ -196,6 +197,8 @@ class World:
         self.note(f"{process.name} {kind} {name} {outcome}")
         if self.steps >= self.settings.steps:
             self.stopping = True
+        if process.on_served is not None:
+            process.on_served(kind, name)
 
     def put(self, name: str, before: Stored | None, after: Stored, operations: tuple[Any, ...]) -> None:
         self.tick += 1
@@ -539,7 +542,8 @@ class World:
         effects = [(life, generation) for life, generation in op.applied if generation >= 0 and self.lives[life].alive]
         if op.kind in ("add", "build", "create", "rollback") and effects:
             raise Violation("refused", f"{op} was answered with '{error}', but took effect at {effects}")
-        if isinstance(error, CorruptData) and not ended and not self._source_ended(op):
+        revived = any(record is not None and record.life.revived for record in was)  # two histories of one id get in each other's way
+        if isinstance(error, CorruptData) and not ended and not revived and not self._source_ended(op):
             raise Violation("corrupt", f"{op}: {error}")
         if isinstance(error, NotFound) and error.code == "index-not-found" and not ended and not self._source_ended(op):
             raise Violation("refused", f"{op} found no index, but there was one all the time")
@@ -620,12 +624,14 @@ class World:
         writer = engine.index.writer.Writer
         submit, commit_group = writer._submit, writer._commit_group
 
+        waiting: dict[int, tuple[Any, tuple[Op, ...]]] = {}  # an operation has no place for it and no hash; kept alive, so that its id is its own
+
         async def submit_for(self: Any, operation: Any) -> Any:
-            operation.simulated = asked_for()
+            waiting[id(operation)] = operation, asked_for()
             return await submit(self, operation)
 
         async def commit_for(self: Any, group: Any) -> None:
-            OPERATIONS.set(lambda: _served(group))
+            OPERATIONS.set(lambda: _served(group, waiting))
             await commit_group(self, group)
 
         shims = [
@@ -649,10 +655,10 @@ class World:
                 setattr(owner, name, value)
 
 
-def _served(group: Any) -> tuple[Op, ...]:
+def _served(group: Any, waiting: dict[int, tuple[Any, tuple[Op, ...]]]) -> tuple[Op, ...]:
     """The calls of a group that the commit under way is to carry out: not those that could not be applied for want of the store."""
     served = (ticket for ticket in group if not isinstance(ticket.error, Unavailable | CorruptData))
-    return tuple(op for ticket in served for op in ticket.operation.simulated)
+    return tuple(op for ticket in served for op in waiting[id(ticket.operation)][1])
 
 
 def _does_nothing(state: State, op: Op, value: Any) -> bool:
@@ -666,13 +672,3 @@ def _compare_vectors(found: np.ndarray, wanted: np.ndarray, where: str) -> None:
     cosines = (found * wanted).sum(axis=1) / np.maximum(np.linalg.norm(found, axis=1), 1e-9)
     if cosines.min() < 0.8:
         raise Violation("vectors", f"{where} has other vectors: cosine {cosines.min():.2f}")
-
-
-async def until(condition: Any, loop: Loop, limit_s: float) -> bool:
-    """Wait in virtual time."""
-    deadline = loop.time() + limit_s
-    while not condition():
-        if loop.time() > deadline:
-            return False
-        await asyncio.sleep(0.05)
-    return True
