@@ -56,7 +56,7 @@ from engine.index.reader import Reader
 from engine.searcher import Searcher
 from engine.store.base import ObjectStore
 from engine.store.objects import StoreOptions, open_store
-from handler.runtime import Settings, child_environment
+from handler.settings import Settings, child_environment
 
 INDEX = "benchmark"
 TOP_K = 10
@@ -157,7 +157,7 @@ def queries_of(vectors: Vectors) -> list[np.ndarray]:
 
 _SERVE = """
 import sys
-from handler.runtime import Settings
+from handler.settings import Settings
 from handler.server import serve
 
 settings = Settings.from_environment()

@@ -29,7 +29,8 @@ from handler.problems import Problem, problem_of
 from handler.routes.endpoint import JSON, Endpoint, dispatch
 from handler.routes.limits import Limits
 from handler.routes.table import ENDPOINTS
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,200}")
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,1000}")

@@ -27,7 +27,7 @@ from handler import tracing
 if TYPE_CHECKING:
     import httpx
 
-    from handler.runtime import Settings
+    from handler.settings import Settings
 
 MAX_SHARDS = 40
 """What an inline Map runs at the same time."""

@@ -26,7 +26,8 @@ from engine.errors import EngineError
 from engine.format import names
 from engine.store.base import Object
 from handler.problems import Problem
-from handler.runtime import Runtime, Settings, is_started_ahead
+from handler.runtime import Runtime
+from handler.settings import Settings, is_started_ahead
 
 MAX_EVENT_BYTES = 6_291_456
 """Lambda's limit on the JSON of an invocation, and on that of its answer."""

@@ -24,7 +24,8 @@ from engine import fanout
 from engine.config import INDEX_NAME, MAX_DIM, MAX_QUERY_TOKENS, SearchParams
 from engine.errors import EngineError, InvalidRequest, LimitExceeded
 from engine.fanout import Plan, Ranked, Step
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 Event = dict[str, Any]
 MIN_SHARE_S = 1.0

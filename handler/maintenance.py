@@ -29,7 +29,8 @@ from engine.index.indices import survey
 from engine.index.plan import next_step
 from engine.index.sweep import sweep
 from handler.index_facts import IndexFacts
-from handler.runtime import Runtime, Settings, child_environment
+from handler.runtime import Runtime
+from handler.settings import Settings, child_environment
 
 SWEEP_INTERVAL_S = 3600.0
 POLL_S = 0.5

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from handler.app import Application, create_app
 from handler.maintenance import Maintenance
-from handler.runtime import Runtime, Settings, share_metrics
+from handler.runtime import Runtime
+from handler.settings import Settings, share_metrics
 
 if TYPE_CHECKING:
     from granian.http import HTTP1Settings

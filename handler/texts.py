@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from handler.runtime import LEXICAL_MODEL, Settings, load_encoder
+from handler.runtime import load_encoder
+from handler.settings import LEXICAL_MODEL, Settings
 
 if TYPE_CHECKING:
     from engine.transfer.content import Background

@@ -22,7 +22,8 @@ from moto.awslambda_simple.models import LambdaSimpleBackend
 
 from engine.store.base import ObjectStore
 from handler.lambda_tasks import Tasks, portable
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 INFRA = Path(__file__).resolve().parent.parent / "infra"
 REGION = "us-east-1"

@@ -20,13 +20,14 @@ import httpx
 from engine.store.base import ObjectStore
 from engine.store.objects import open_store
 from handler.app import create_app
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from s3_server import REGION, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 _CODE = """
 import sys
-from handler.runtime import Settings
+from handler.settings import Settings
 from handler.server import serve
 
 settings = Settings.from_environment()

@@ -19,7 +19,7 @@ from engine.index.reader import Reader, Snapshot
 from engine.store.objects import open_store
 from handler.routes.indices import numbers_of
 from handler.routes.table import ENDPOINTS
-from handler.runtime import SETTINGS, Settings
+from handler.settings import SETTINGS, Settings
 from serving import client_of
 
 DIM = 8

@@ -16,7 +16,8 @@ from handler.auth import SCOPES, KeyRecord, digest, mint_key, parse_records
 from handler.logs import make_logger
 from handler.routes.endpoint import Endpoint
 from handler.routes.table import ENDPOINTS
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 KEYS: dict[str, tuple[str, KeyRecord]] = {scope: mint_key([scope], note=scope) for scope in SCOPES}
 KEYS["all of team-*"] = mint_key(SCOPES, indices="team-*")

@@ -21,7 +21,7 @@ from corpus import make_corpus
 from engine.config import SearchParams
 from engine.demo import documents as demo_documents
 from handler.cli import app, progress, query, session
-from handler.runtime import Settings
+from handler.settings import Settings
 from s3_server import REGION, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent

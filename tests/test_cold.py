@@ -23,7 +23,8 @@ from engine.searcher import Searcher
 from engine.store.cache import CachedStore
 from engine.store.objects import open_store
 from engine.store.wrappers import CountingStore
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 CORPUS = make_corpus(1500, dim=64, n_topics=40, n_queries=12, seed=17)
 LIMIT = 1 << 40

@@ -13,7 +13,7 @@ import typer.main
 from engine.config import PRESETS
 from handler.cli import app
 from handler.metrics import Metrics
-from handler.runtime import SETTINGS
+from handler.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WORDS = 3_500

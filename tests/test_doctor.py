@@ -29,7 +29,8 @@ from engine.transfer.drill import DrillRecord, drill
 from handler.auth import mint_key
 from handler.cli import app
 from handler.doctor.examination import Case, Finding, examine
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from s3_server import REGION, S3Server
 from serving import serving
 

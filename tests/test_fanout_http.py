@@ -20,7 +20,8 @@ from engine.store.base import ObjectStore
 from handler.app import create_app
 from handler.auth import mint_key
 from handler.fanout import Peers, StateMachine, make_transport
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from test_fanout import CORPUS, InProcess, mixed
 
 PEERS = ("http://p0", "http://p1", "http://p2")

@@ -78,7 +78,7 @@ def test_only_one_file_names_obstore() -> None:
 
 def test_only_one_file_reads_the_environment() -> None:
     users = {module_of(path) for path in sources("engine", "handler") if re.search(r"\bos\.environ|\bgetenv\(", path.read_text())}
-    assert users <= {"handler.runtime"}
+    assert users <= {"handler.settings"}
 
 
 def test_only_one_file_moves_current() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from handler.routes.endpoint import Endpoint
 from handler.routes.table import ENDPOINTS
-from handler.runtime import SETTINGS, Settings
+from handler.settings import SETTINGS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"

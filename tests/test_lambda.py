@@ -42,7 +42,8 @@ from engine.store.objects import open_store
 from engine.store.wrappers import CountingStore, FaultyStore, WorldStopped
 from handler import lambda_http
 from handler.lambda_http import LambdaHandler
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from infra.local.lambda_gateway import Emulator, FunctionError, Gateway, gateway
 from lambda_runtime import KINDS, answer_of, make_event, needed_emulator
 from s3_server import S3Server

@@ -20,7 +20,8 @@ from handler.app import create_app
 from handler.auth import SCOPES, mint_key
 from handler.logs import make_logger
 from handler.routes.table import ENDPOINTS
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "plantedsecret"

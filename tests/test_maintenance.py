@@ -14,7 +14,8 @@ import pytest
 from engine.config import MaintenanceParams
 from handler.app import create_app
 from handler.maintenance import Maintenance
-from handler.runtime import Runtime, Settings, child_environment
+from handler.runtime import Runtime
+from handler.settings import Settings, child_environment
 
 DIM = 4
 FLAT = MaintenanceParams().max_flat_segments + 1

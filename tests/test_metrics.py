@@ -28,7 +28,8 @@ from handler.index_facts import IndexFacts
 from handler.metrics import MAX_INDICES, OTHER_INDEX, Metrics
 from handler.observed import ObservedStore, store_usd
 from handler.recall_sampler import RecallSampler
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from serving import client_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -344,7 +345,8 @@ print(metrics.render().decode())
 def test_searching_without_metrics_imports_no_prometheus_client() -> None:
     program = """
 import asyncio, sys
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from handler.app import create_app
 from engine.store.objects import open_store
 

@@ -35,7 +35,8 @@ from handler.auth import mint_key
 from handler.cli import app
 from handler.lambda_http import LambdaHandler
 from handler.routes.table import ENDPOINTS
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from infra.local.replicas import Balancer, Replicas, nginx
 from lambda_runtime import answer_of, make_event
 from s3_server import S3Server

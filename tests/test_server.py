@@ -26,8 +26,9 @@ from engine.config import MaintenanceParams
 from engine.store.objects import open_store
 from handler.app import create_app
 from handler.maintenance import Maintenance, maintain
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
 from handler.server import serve
+from handler.settings import Settings
 from s3_server import S3Server
 from serving import all_serving, s3_environment, serving
 

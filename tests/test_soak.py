@@ -15,8 +15,8 @@ import pytest
 
 from handler.problems import Problem
 from handler.routes.limits import LOOK_S, Places
-from handler.runtime import Settings
 from handler.server import http_settings
+from handler.settings import Settings
 from handler.threads import Threads
 from serving import ROOT
 from soak.load import Done

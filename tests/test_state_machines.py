@@ -29,7 +29,8 @@ from engine.store.objects import open_store
 from handler import lambda_tasks
 from handler.fanout import failed_execution, read_outcomes
 from handler.lambda_tasks import Tasks
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from machines import INFRA, Lambda, Machines, definition, machines
 from test_fanout import CORPUS, mixed, same
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from handler.routes.table import ENDPOINTS
-from handler.runtime import SETTINGS
+from handler.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "arn:aws:s3:::b"

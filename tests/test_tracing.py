@@ -19,7 +19,8 @@ from engine.store.objects import open_store
 from handler import tracing
 from handler.app import create_app
 from handler.logs import make_logger
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = f"00-{TRACE}-{PARENT}-01"

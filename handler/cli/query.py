@@ -166,7 +166,8 @@ async def _query(session: Session, asked: _Asked) -> np.ndarray | None:
         return _query_vectors(asked.vectors)
     import msgspec
 
-    from handler.runtime import LEXICAL_MODEL, load_encoder
+    from handler.runtime import load_encoder
+    from handler.settings import LEXICAL_MODEL
 
     settings = session.runtime.settings
     if not session.runtime.has_model:

@@ -99,8 +99,8 @@ class UnreadableSetting(Exception):
 
 
 def settings_of(store: str | None, **overrides: Any) -> Any:
-    """handler.runtime.Settings of the environment and the command line."""
-    from handler.runtime import Settings
+    """handler.settings.Settings of the environment and the command line."""
+    from handler.settings import Settings
 
     try:
         return Settings.from_environment(index_dir=store, **overrides)

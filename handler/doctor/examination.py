@@ -22,7 +22,8 @@ import msgspec
 from engine.errors import EngineError
 from engine.index.commit import Head
 from engine.store.base import ObjectStore
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 

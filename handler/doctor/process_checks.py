@@ -15,7 +15,8 @@ from pathlib import Path
 from engine.index.commit import Head
 from handler.doctor.examination import Case, Findings
 from handler.logs import make_logger
-from handler.runtime import n_cores, numeric_threads
+from handler.runtime import n_cores
+from handler.settings import numeric_threads
 
 MIN_FILES = 1024
 """A warm search of many segments and a hundred connections need some hundred descriptors."""

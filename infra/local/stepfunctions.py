@@ -43,7 +43,8 @@ from engine.index.reader import Reader, Snapshot  # noqa: E402
 from engine.index.verify import verify  # noqa: E402
 from engine.searcher import Searcher  # noqa: E402
 from handler.fanout import StateMachine  # noqa: E402
-from handler.runtime import Settings, open_at  # noqa: E402
+from handler.runtime import open_at  # noqa: E402
+from handler.settings import Settings  # noqa: E402
 from serving import free_port  # noqa: E402
 
 BUCKET, REGION = "tartan-local", "us-east-1"

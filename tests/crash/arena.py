@@ -26,13 +26,13 @@ from crash.journal import Journal, read_all
 from crash.s3 import BUCKET, ROOT, S3Process
 from engine.config import IndexConfig
 from engine.index.commit import create
-from handler.runtime import Settings
+from handler.settings import Settings
 from serving import free_port
 
 _SERVE = """
 import sys
 import engine.index.reader
-from handler.runtime import Settings
+from handler.settings import Settings
 from handler.server import serve
 engine.index.reader.MAX_HEAD_AGE_S = float(sys.argv[1])
 settings = Settings.from_environment()

@@ -13,7 +13,8 @@ from engine.errors import EngineError
 from engine.index.commit import load_head
 from engine.store.base import ObjectStore
 from handler.lambda_tasks import Tasks
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 from .mutation import mutated_json
 from .service import RENEWED_AFTER, Answer, check_answer, filled_store

@@ -24,7 +24,8 @@ from engine.store.base import ObjectStore
 from engine.store.objects import open_store
 from handler.app import create_app
 from handler.problems import STATUSES
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 
 from .target import Wrong
 

@@ -21,7 +21,8 @@ from handler.lambda_http import LambdaHandler
 from handler.problems import Problem
 from handler.routes.endpoint import Endpoint
 from handler.routes.table import ENDPOINTS
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from lambda_runtime import KINDS, answer_of, make_event
 from security.access import ACCESS, COLUMNS, DOCUMENT, Line, expected, written
 from serving import client_of

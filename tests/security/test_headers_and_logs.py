@@ -22,7 +22,8 @@ from handler.cli.session import harmless
 from handler.lambda_http import LambdaHandler
 from handler.logs import make_logger
 from handler.problems import outward, problem_of
-from handler.runtime import Runtime, Settings
+from handler.runtime import Runtime
+from handler.settings import Settings
 from lambda_runtime import KINDS, answer_of, make_event
 from security.payloads import NAMES, TEXT
 from security.raw import Answer, ask

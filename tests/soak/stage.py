@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from crash.arena import is_ready
-from handler.runtime import Settings
+from handler.settings import Settings
 from serving import free_port
 from soak.store import ROOT, DirectoryPlace, S3Place
 
@@ -25,7 +25,7 @@ MEMORY_BYTES, CACHE_BYTES = 8 << 20, 32 << 20
 _SERVE = """
 import sys
 import engine.index.reader, handler.maintenance
-from handler.runtime import Settings
+from handler.settings import Settings
 from handler.server import serve
 engine.index.reader.MAX_HEAD_AGE_S = float(sys.argv[1])
 handler.maintenance.SWEEP_INTERVAL_S = float(sys.argv[2])
