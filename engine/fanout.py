@@ -34,8 +34,8 @@ from engine.searcher import Answer, PartHits, Searcher, SearchStats
 Mode = Literal["warm", "cold"]
 STATE_BYTES = 256 << 10
 """Most that a Step Functions execution carries from state to state (and accepts as input), in bytes of UTF-8."""
-_FIXED_BYTES = 4 << 10
-"""Of a state: field names, bars, what the machine adds."""
+_FIXED_BYTES = 5 << 10
+"""Of a state: field names, bars, whose trace it is, what the machine adds."""
 _SHARD_BYTES = 2 << 10
 """Of one shard in a state: its place in the plan, its figures, or its failure (errors are cut to MAX_CAUSE)."""
 MAX_CAUSE = 600
@@ -56,6 +56,7 @@ class Job(_Wire, frozen=True, kw_only=True):
     mode       "warm" loads segments into memory, "cold" reads of them what the query needs
     subset     ids that may be hits (packed by `pack_ids`); None allows all
     condition  what documents must meet, with its parameters; each shard asks its own segments. Not together with subset
+    trace      on whose behalf, for the log lines of whoever does a step; nothing here reads it
     """
 
     index: str
@@ -70,6 +71,7 @@ class Job(_Wire, frozen=True, kw_only=True):
     condition: str | None = None
     parameters: list[Any] = []
     allow_partial: bool = False
+    trace: dict[str, str] = {}
 
     def vectors(self) -> np.ndarray:
         """float32 (Q, dim)."""

@@ -71,7 +71,8 @@ class StateMachine:
 
     async def run(self, plan: Plan) -> list[Outcome]:
         client = await self._made_client()
-        body = fanout.encode({"plan": plan}).decode()
+        traced = msgspec.structs.replace(plan, job=msgspec.structs.replace(plan.job, trace=tracing.outgoing_headers()))
+        body = fanout.encode({"plan": traced}).decode()
         try:
             answer = await client.start_sync_execution(stateMachineArn=self.arn, input=body)
         except Exception as error:  # botocore's classes are made at run time

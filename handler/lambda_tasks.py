@@ -12,6 +12,7 @@ machines' Retry and Catch go by it) and whose text is short, with the code in fr
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import cached_property
@@ -24,6 +25,7 @@ from engine import fanout
 from engine.config import INDEX_NAME, MAX_DIM, MAX_QUERY_TOKENS, SearchParams
 from engine.errors import EngineError, InvalidRequest, LimitExceeded
 from engine.fanout import Plan, Ranked, Step
+from handler import tracing
 from handler.runtime import Runtime
 from handler.settings import Settings
 
@@ -389,18 +391,19 @@ class _Process:
         return asyncio.Runner()
 
     def run(self, name: str, event: Event, work: Coroutine[Any, Any, Event]) -> Event:
-        """Wait for a task; let its failure go in a form that a state machine can carry; say for CloudWatch what it took."""
+        """Wait for a task, in its caller's trace; let its failure go in a form that a state machine can carry; say for CloudWatch what it took."""
         runtime, began_s, took = self.tasks.runtime, time.perf_counter(), {"errors": 0}
-        try:
-            return self.runner.run(_counted(runtime, work, took))
-        except Exception as error:
-            took["errors"] = 1
-            runtime.log.error("task failed", exc_info=error, code=getattr(error, "code", "internal"))
-            short = portable(error)
-        finally:
-            if runtime.emf is not None:
-                values = {"ms": round(1000 * (time.perf_counter() - began_s), 3), "count": 1, **took}
-                print(runtime.emf.line(values, step=_step(name, event)), flush=True)
+        with tracing.continued(_trace(event)):
+            try:
+                return self.runner.run(_counted(runtime, work, took), context=contextvars.copy_context())
+            except Exception as error:
+                took["errors"] = 1
+                runtime.log.error("task failed", exc_info=error, code=getattr(error, "code", "internal"))
+                short = portable(error)
+            finally:
+                if runtime.emf is not None:
+                    values = {"ms": round(1000 * (time.perf_counter() - began_s), 3), "count": 1, **took}
+                    print(runtime.emf.line(values, step=_step(name, event)), flush=True)
         raise short
 
     def remaining_s(self, context: Any) -> float:
@@ -415,6 +418,15 @@ async def _counted(runtime: Runtime, work: Coroutine[Any, Any, Event], took: dic
             return await work
         finally:
             took |= {"requests": cost.n_requests, "bytes": cost.bytes_read}
+
+
+def _trace(event: Event) -> dict[str, str]:
+    """Headers of the request that a step of a search belongs to; none for what nobody asked for."""
+    plan = event.get("plan") if isinstance(event, dict) else None
+    job = event.get("job") if isinstance(event, dict) else None
+    job = plan.get("job") if isinstance(plan, dict) else job
+    trace = job.get("trace") if isinstance(job, dict) else None
+    return {name: value for name, value in trace.items() if isinstance(value, str)} if isinstance(trace, dict) else {}
 
 
 def _step(name: str, event: Event) -> str:

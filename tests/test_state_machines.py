@@ -17,7 +17,7 @@ import pytest
 from corpus import make_corpus
 from engine import fanout
 from engine.config import SearchParams
-from engine.errors import CorruptData, EngineError, InvalidRequest, Unavailable
+from engine.errors import CorruptData, EngineError, InvalidRequest, NotFound, Unavailable
 from engine.fanout import FanOut, Plan
 from engine.index import joint
 from engine.index.commit import load_head
@@ -26,8 +26,8 @@ from engine.index.verify import verify
 from engine.searcher import Searcher
 from engine.store.base import ObjectStore
 from engine.store.objects import open_store
-from handler import lambda_tasks
-from handler.fanout import failed_execution, read_outcomes
+from handler import lambda_tasks, tracing
+from handler.fanout import StateMachine, failed_execution, read_outcomes
 from handler.lambda_tasks import Tasks
 from handler.runtime import Runtime
 from handler.settings import Settings
@@ -476,3 +476,42 @@ def test_every_task_says_for_cloudwatch_what_it_took(monkeypatch: pytest.MonkeyP
     [directive] = planned["_aws"]["CloudWatchMetrics"]
     assert (directive["Namespace"], directive["Dimensions"]) == ("Tartan/s", [["service", "step"]])
     assert (refused["step"], refused["errors"], refused["requests"]) == ("build", 1, 0)
+
+
+async def test_a_task_works_in_the_trace_of_the_search_that_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The API puts its trace into the machine's input; a step, wherever it runs, logs under it."""
+    store, snapshot = await mixed()
+    sent: dict[str, Any] = {}
+
+    class Client:
+        async def start_sync_execution(self, *, stateMachineArn: str, input: str) -> dict[str, str]:  # noqa: N803  # boto's names
+            sent.update(json.loads(input))
+            return {"status": "SUCCEEDED", "output": '{"results": []}'}
+
+    async def client(machine: StateMachine) -> Client:
+        return Client()
+
+    monkeypatch.setattr(StateMachine, "_made_client", client)
+    machine = StateMachine("arn", 1 << 20)
+    with tracing.continued({"x-request-id": "r7"}) as trace:
+        await machine.run(fanout.make_plan(snapshot, CORPUS.queries[0], SearchParams(k=3), machine))
+    job = sent["plan"]["job"]
+    assert job["trace"] == {"traceparent": trace.traceparent, "x-request-id": "r7"}
+
+    def step() -> None:
+        process = lambda_tasks._Process()
+        process.tasks = Tasks(Runtime(Settings(log_level="error"), store=store))
+        monkeypatch.setattr(lambda_tasks, "_process", process)
+        try:
+            for _ in range(2):  # the second in the same process has its own context
+                with pytest.raises(NotFound):
+                    lambda_tasks.shard({"do": "score", "job": {**job, "index": "gone"}, "shard": sent["plan"]["shards"][0]})
+        finally:
+            process.runner.close()
+            process.tasks.runtime.close()
+
+    await asyncio.to_thread(step)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["trace_id"], line["request_id"]) for line in lines] == [(trace.trace_id, "r7")] * 2
