@@ -259,6 +259,7 @@ async def test_an_ordinary_server_never_loads_the_transports() -> None:
 
 
 async def test_closing_a_runtime_closes_its_connections_to_others(index: tuple[ObjectStore, Snapshot], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aioboto3", reason="package tartan[aws]")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -486,7 +486,7 @@ async def test_a_task_works_in_the_trace_of_the_search_that_asked(
     sent: dict[str, Any] = {}
 
     class Client:
-        async def start_sync_execution(self, *, stateMachineArn: str, input: str) -> dict[str, str]:  # noqa: N803  # boto's names
+        async def start_sync_execution(self, *, stateMachineArn: str, input: str) -> dict[str, str]:
             sent.update(json.loads(input))
             return {"status": "SUCCEEDED", "output": '{"results": []}'}
 
