@@ -436,7 +436,7 @@ async def test_a_slow_store_serves_two_hundred_ranges_in_little_more_than_one_la
     await store.put_if_absent("o", bytes(200))
     begin = time.perf_counter()
     await store.get_ranges("o", [(at, at + 1) for at in range(200)])
-    assert 0.025 <= time.perf_counter() - begin < 0.1
+    assert 0.025 <= time.perf_counter() - begin < 1.0  # one after the other would take five seconds
 
 
 # --- opening
