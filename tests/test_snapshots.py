@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from engine.config import IndexConfig, MaintenanceParams, SearchParams
 from engine.errors import Conflict, InvalidRequest, NotFound
 from engine.format import names
 from engine.format.markers import Sweep, write_marker
-from engine.index import snapshots
-from engine.index.commit import create
+from engine.index import indices, snapshots
+from engine.index import sweep as sweeping
+from engine.index.commit import Head, create
 from engine.index.compact import compact
 from engine.index.indices import drop, list_indices
 from engine.index.reader import Reader
@@ -206,6 +208,90 @@ async def test_a_branch_of_a_branch_keeps_what_both_ancestors_hold() -> None:
     fresh = Reader(reader.store)
     assert await _ids(fresh, "z") == list(range(5, 45))
     assert (await verify(fresh, "z")).problems == []
+
+
+async def test_a_branch_of_a_branch_under_way_survives_the_deletion_of_both_ancestors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marker in the first one is there before its index: the deletion of the first one must leave it."""
+    reader = await _history(open_store("memory://"))
+    await snapshots.branch(reader.store, "x", "y")
+    reached, go = _stopped_before_create(monkeypatch)
+    making = asyncio.create_task(snapshots.branch(reader.store, "y", "z"))
+    await reached.wait()
+    await drop(reader.store, "x")
+    go.set()
+    await making
+    await drop(reader.store, "y")
+    await sweep(reader.store, "x", params=NOW)
+    assert not (await verify(reader, "z")).problems
+
+
+async def test_a_branch_that_comes_to_be_while_markers_are_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion finds no index "a" yet; then there is one, and "y", of which it was made, goes before the deletion looks for that."""
+    reader = await _history(open_store("memory://"))
+    await snapshots.branch(reader.store, "x", "y")
+    reached, go = _stopped_before_create(monkeypatch)
+    making = asyncio.create_task(snapshots.branch(reader.store, "y", "a"))
+    await reached.wait()
+    names_of_branch = sweeping._names_of_branch
+
+    async def handed_on_meanwhile(store: ObjectStore, marker: str) -> set[str]:
+        found = await names_of_branch(store, marker)
+        if "/a-" in marker and not making.done():
+            go.set()
+            await making
+            await drop(reader.store, "y")
+        return found
+
+    monkeypatch.setattr(sweeping, "_names_of_branch", handed_on_meanwhile)
+    await drop(reader.store, "x")
+    assert not (await verify(reader, "a")).problems
+
+
+async def test_a_branch_that_is_withdrawn_takes_no_other_index_of_its_name_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent goes, somebody deletes it as well and makes another index of its name: that one stays."""
+    reader = await _history(open_store("memory://"))
+
+    async def create_and_replace(*args: Any, **kwargs: Any) -> Head:
+        made = await create(*args, **kwargs)
+        await drop(reader.store, "y")
+        await drop(reader.store, "x")
+        await create(reader.store, "y", IndexConfig())
+        return made
+
+    monkeypatch.setattr(snapshots, "create", create_and_replace)
+    with pytest.raises(NotFound):
+        await snapshots.branch(reader.store, "x", "y")
+    assert list(await list_indices(reader.store)) == ["y"]
+
+
+async def test_an_index_that_comes_back_as_a_branch_of_its_branch_survives_the_deletion_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """"x" is being deleted; "x" is made of "y", a branch of it, and "y" goes: nobody but "x" names the objects now, and they are its own."""
+    reader = await _history(open_store("memory://"))
+    await snapshots.branch(reader.store, "x", "y")
+    names_held = indices.names_held
+
+    async def back_meanwhile(store: ObjectStore, index: str) -> set[str]:
+        monkeypatch.setattr(indices, "names_held", names_held)
+        await snapshots.branch(reader.store, "y", "x")
+        await drop(reader.store, "y")
+        return await names_held(store, index)
+
+    monkeypatch.setattr(indices, "names_held", back_meanwhile)
+    await drop(reader.store, "x")
+    assert not (await verify(reader, "x")).problems
+
+
+def _stopped_before_create(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """(set when a branch has left its markers, to be set so that it goes on)."""
+    reached, go = asyncio.Event(), asyncio.Event()
+
+    async def create_late(*args: Any, **kwargs: Any) -> Head:
+        reached.set()
+        await go.wait()
+        return await create(*args, **kwargs)
+
+    monkeypatch.setattr(snapshots, "create", create_late)
+    return reached, go
 
 
 async def test_a_branch_cannot_take_a_name_that_is_taken() -> None:

@@ -8,7 +8,7 @@ from engine.config import INDEX_NAME
 from engine.errors import CorruptData, EngineError, NotFound, UnsupportedFormat
 from engine.format import names
 from engine.index.commit import Head, load_head
-from engine.index.sweep import names_held, names_kept_for_branches
+from engine.index.sweep import names_held, names_kept_for_branches, names_of_successor
 from engine.store.base import ObjectStore
 
 _HEADS_AT_ONCE = 64
@@ -53,7 +53,10 @@ async def drop(store: ObjectStore, index: str) -> bool:
     listed = [listed.name async for listed in store.list(names.of_index(index))]
     existed = names.current(index) in listed
     await store.delete([names.current(index)])
-    # A branch that is being made holds what it needs, and may be there before its maker dies; garbage collection takes the rest.
+    # A branch that is being made holds what it needs, and may be there before its maker dies; garbage collection takes the rest. Of a branch
+    # of a branch that is being made, we see the marker and not yet the index: no marker goes before it is old.
     kept = await names_held(store, index) | await names_kept_for_branches(store, index)
-    await store.delete([name for name in listed if name not in kept and name != names.current(index)])
+    kept |= await names_of_successor(store, index)
+    left = (names.current(index), names.branches(index))
+    await store.delete([name for name in listed if name not in kept and not name.startswith(left)])
     return existed

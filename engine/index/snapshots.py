@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
@@ -221,6 +221,14 @@ async def branch(store: ObjectStore, index: str, name: str, *, generation: int |
         except NotFound:
             parent = None
         if parent is None or parent.manifest.index_id != manifest.index_id:  # deleted meanwhile, perhaps before it could see the branch
-            await store.delete([names.current(name)])
+            await _withdraw(store, name, made)
             raise NotFound("the index was deleted meanwhile", code="index-not-found", index=index)
         return made
+
+
+async def _withdraw(store: ObjectStore, name: str, made: Head) -> None:
+    """Delete an index that we have just made, unless somebody was faster, and it is another one by now. Stores have no conditional delete: what is made
+    between the look and the deletion is lost, as it is to a `drop` of that moment."""
+    with suppress(NotFound):
+        if (await load_head(store, name)).manifest.index_id == made.manifest.index_id:
+            await store.delete([names.current(name)])

@@ -257,7 +257,8 @@ async def names_held(store: ObjectStore, index: str) -> set[str]:
 async def names_kept_for_branches(store: ObjectStore, index: str) -> set[str]:
     """Objects of this index that living branches name in any of their kept generations, and the markers of those branches.
 
-    Markers are listed again until no new one has come: a branch of a branch may be made, and the one between deleted, while we read.
+    A branch of a branch may be made, and the one between deleted, while we read: so markers are listed again until no new one has come, and
+    branches that were not there yet are looked for once more. Not seen are two that are handed on so after the last listing.
     """
     kept: set[str] = set()
     seen: set[str] = set()
@@ -265,6 +266,22 @@ async def names_kept_for_branches(store: ObjectStore, index: str) -> set[str]:
         for marker in new:
             seen.add(marker)
             kept |= await _names_of_branch(store, marker)
+    for marker in sorted(seen - kept):
+        kept |= await _names_of_branch(store, marker)
+    return kept
+
+
+async def names_of_successor(store: ObjectStore, index: str) -> set[str]:
+    """What an index names that was made under the name of one that is being deleted, in any generation: as a branch of a branch of that one, it shares
+    its objects, and has no marker. Asked after the branches, one of which it may be made of."""
+    try:
+        head = (await load_head(store, index)).manifest
+    except NotFound:
+        return set()
+    kept = objects_of(head, index)
+    archives = [listed.name async for listed in store.list(names.manifests(index)) if names.generation_of(listed.name)[0] == head.index_id]
+    async for _, manifest in _manifests(store, archives):
+        kept |= objects_of(manifest, index)
     return kept
 
 

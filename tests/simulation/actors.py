@@ -260,7 +260,9 @@ class Client:
                 if found != wanted_ids:
                     raise Violation("read", f"{op}: a filter finds {found} in generation {record.generation}, should find {wanted_ids}")
         except Violation as violation:
-            self.world.fail(violation.kind, violation.message)
+            if not record.life.revived:
+                self.world.fail(violation.kind, violation.message)
+            self.world.end(op)
         except (CorruptData, NotFound) as error:
             why = self.world.is_protected(record)
             if why and record.life.confirmed and not record.life.damage:

@@ -330,6 +330,26 @@ MUTATIONS = (
 )
 
 
+HARD = (
+    "a drop takes what a branch under way holds",
+    "a sweep ignores unfinished builds",
+    "a branch does not see its parent go",
+    "a branch trusts the marker of an earlier one",
+    "a build goes on over another's record",
+    "a sweep takes the archive of the generation in force",
+    "a sweep takes the proof that a build was committed",
+    "a sweep lists the history before it reads CURRENT",
+    "a sweep takes young objects",
+    "branches are listed once",
+    "a drop lists after CURRENT is gone",
+    "a sweep does not write down what it deletes",
+    "a build does not look again when it commits",
+    "an alias is moved whatever it stands for",
+    "an alias is answered from memory",
+)
+"""Those that took more than 30,000 steps before there were situations for them. They are tried first."""
+
+
 @contextmanager
 def planted(mutation: Mutation) -> Iterator[None]:
     """The engine with one mistake in it."""
@@ -386,7 +406,7 @@ def try_mutation(mutation: Mutation, steps: int, seed: int) -> Score:
 
 def main(steps: int, seed: int, only: str = "", n_processes: int = 1) -> int:
     """Try all and print the table; 0 if at least 95 % are caught."""
-    chosen = [mutation for mutation in MUTATIONS if only in mutation.name]
+    chosen = sorted((mutation for mutation in MUTATIONS if only in mutation.name), key=lambda mutation: mutation.name not in HARD)
     scores = []
     with multiprocessing.get_context("spawn").Pool(n_processes, maxtasksperchild=10) as pool:
         for score in pool.imap(partial(try_mutation, steps=steps, seed=seed), chosen):

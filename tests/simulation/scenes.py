@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
 
+from engine.index import snapshots
 from engine.index.aliases import Aliases
 
 from .actors import INDICES, Client
 from .scheduler import PROCESS, Process
+from .situations import SITUATIONS
 from .world import World
 
-SCENES = ("standstill", "standstill", "standstill", "abandoned", "growth")
+SCENES = ("standstill", "standstill", "standstill", "abandoned", "growth", *SITUATIONS)
 STANDING = {
     "sweep": 9.0,
     "drop": 5.0,
@@ -86,6 +88,25 @@ class Player(Client):
             op = self.world.begin("delete", index, self.process, ids=ids)
             await self._call(op, self.reader.writer(index).delete(np.array(ids)), lambda n: n)
 
+    async def _revive(self, index: str) -> None:
+        """Back to a generation that names what the one in force does not."""
+        now = self.world.current(index)
+        if now is None:
+            return
+        there = self.world.bucket.objects
+        of_life = [record for (life, _), record in self.world.records.items() if life == now.life.id]
+        wanted = [one.generation for one in of_life if one.archive in there and one.objects - now.objects and one.objects <= there.keys()]
+        if wanted:
+            op = self.world.begin("rollback", index, self.process, generation=self.rng.choice(wanted))
+            await self._call(op, snapshots.rollback(self.reader.store, index, op.args["generation"], clock=self.reader.clock))
+
+    async def _take_up(self, index: str) -> None:
+        """The build of this index that was left last is run again."""
+        left = [one for one in self.world.unfinished if one[0] == index]
+        if left:
+            self.world.counts["builds resumed"] += 1
+            await self._build_from(*left[-1])
+
 
 def _leans_on(objects: frozenset[str], index: str) -> bool:
     return any(name.startswith(index + "/") for name in objects)
@@ -98,8 +119,10 @@ class _Watch:
     the next one can be stopped at any of them with like chance, however many requests of one sort there are.
     """
 
-    def __init__(self, stage: Stage, player: Player, known: dict[str, None], halts: list[float]) -> None:
-        self.stage, self.player, self.known, self.halts = stage, player, known, halts
+    def __init__(self, stage: Stage, player: Player, known: dict[str, None], halts: list[float], at: Sequence[str] = ()) -> None:
+        self.stage, self.player, self.known, self.halts, self.at = stage, player, known, halts, list(at)
+        self.of_one = ""
+        """Not empty: requests about other indices are of other sorts."""
         self.n_halted = 0
         self.stopped = asyncio.Event()
         """Set at each stop, and when the call has ended."""
@@ -108,8 +131,11 @@ class _Watch:
         self._aim()
 
     def _aim(self) -> None:
-        """Where the next stop is to be: at a place, or after a number of requests."""
+        """Where the next stop is to be: at the place that is given, or a drawn one, or after a number of requests."""
         rng = self.stage.rng
+        if self.at:
+            self.place = self.at.pop(0)
+            return
         places = [place for place in self.known if self.seen[place.rpartition(" ")[0]] < int(place.rpartition(" ")[2])]
         weights = [_weight(place) for place in places]
         self.place = rng.choices(places, weights)[0] if len(places) > 3 and rng.random() < 0.85 else ""
@@ -117,6 +143,8 @@ class _Watch:
 
     def __call__(self, kind: str, name: str) -> None:
         folder = name.partition("/")[2].partition("/")[0] or "all"
+        if self.of_one and not name.startswith(self.of_one):
+            folder = f"other-{folder}"  # a sweep looks into indices that it does not sweep
         sort = f"{kind} {'data' if folder in ('segments', 'codecs', 'tombstones', 'patches') else folder}"
         self.seen[sort] += 1
         place = f"{sort} {self.seen[sort]}"
@@ -160,7 +188,8 @@ class Stage:
             scene = self.rng.choice(self.world.settings.scenes)
             self.world.note(f"scene {scene}")
             self.world.counts[f"scene {scene}"] += 1
-            await getattr(self, f"_{scene}")(self.rng.choice(INDICES))
+            index = self.rng.choice(INDICES)
+            await (SITUATIONS[scene](self, index) if scene in SITUATIONS else getattr(self, f"_{scene}")(index))
 
     def _player(self) -> Player:
         name = f"p{self.n_started}"
@@ -206,6 +235,12 @@ class Stage:
                 await self._end(tasks.pop())
         await self._end(*tasks)
 
+    async def one_does(self, call: str, index: str, but: Player | None = None, **kwargs: Any) -> None:
+        """One call of a drawn process."""
+        if not self.world.stopping:
+            player = self.rng.choice([player for player in self.players if player is not but])
+            await self._end(self._begin(player, call, index, **kwargs))
+
     def _some(self, of: tuple[str, ...], least: int, most: int) -> list[str]:
         return self.rng.choices(of, k=self.rng.randint(least, most))
 
@@ -233,14 +268,28 @@ class Stage:
         if self.rng.random() < 0.15:
             halts[-1] = 0.0
         player = self.rng.choice(self.players)
-        await self._interrupted(player, call, index, halts, MEANWHILE.get(call, ELSE))
+        await self.interrupted(player, call, index, halts, self._any_of(MEANWHILE.get(call, ELSE), index, player))
         await self._look_after(player, index)
 
-    async def _interrupted(self, player: Player, call: str, index: str, halts: list[float], meanwhile: tuple[str, ...]) -> None:
-        """One call with halts, and what others do during each."""
+    def _any_of(self, calls: tuple[str, ...], index: str, player: Player) -> Callable[[int], Coroutine[Any, Any, None]]:
+        """Some of these calls by others."""
+        return lambda _: self._do(self._some(calls, 1, 3), index, but=player)
+
+    async def interrupted(
+        self,
+        player: Player,
+        call: str,
+        index: str,
+        halts: list[float],
+        others: Callable[[int], Coroutine[Any, Any, None]],
+        at: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        """One call with halts (seconds, 0: it dies), at given places or drawn ones, and what others do during each."""
         n_halts = len(halts)
-        watch = player.process.on_served = _Watch(self, player, self.places.setdefault(call, {}), halts)
-        task = self._begin(player, call, index)
+        watch = player.process.on_served = _Watch(self, player, self.places.setdefault(call, {}), halts, at)
+        watch.of_one = f"{index}/" if call == "sweep" else ""
+        task = self._begin(player, call, index, **kwargs)
         task.add_done_callback(lambda _: watch.stopped.set())
         for n in range(n_halts):
             if watch.n_halted <= n and not task.done():
@@ -248,7 +297,7 @@ class Stage:
                 await watch.stopped.wait()
             if watch.n_halted <= n:
                 break
-            await self._do(self._some(meanwhile, 1, 3), index, but=player)
+            await others(n)
             await asyncio.sleep(max(0.0, player.process.frozen_until - self.world.loop.now))
         await self._end(task)
         player.process.on_served = None
@@ -268,7 +317,7 @@ class Stage:
         player = self.rng.choice(self.players)
         began_s = self.world.loop.now
         halts = [290.0 for _ in range(self.rng.choice((0, 1, 2)))]
-        await self._interrupted(player, "build", index, [*halts, 0.0], ("add", "empty", "compact", "delete"))
+        await self.interrupted(player, "build", index, [*halts, 0.0], self._any_of(("add", "empty", "compact", "delete"), index, player))
         await self._do(self._some(("empty", "empty", "compact", "add", "delete", "rollback"), 0, 3), index)
         life_s = self.rng.choice((HOUR_S, HOUR_S, HOUR_S, WEEK_S))
         took_s = self.world.loop.now - began_s
@@ -278,7 +327,8 @@ class Stage:
             await asyncio.sleep(HOUR_S)
             await self._do(["sweep"], index)
         if self.rng.random() < 0.3:
-            await self._interrupted(self.rng.choice(self.players), "sweep", index, [20.0], ("resume", "resume", "add"))
+            player = self.rng.choice(self.players)
+            await self.interrupted(player, "sweep", index, [20.0], self._any_of(("resume", "resume", "add"), index, player))
         await self._do(["resume"], index)
         await self._do(self._some(("sweep", "resume", "read", "compact"), 0, 2), index)
 

@@ -274,7 +274,7 @@ class World:
             raise Violation(
                 "dangling", f"{index} generation {manifest.generation} names {missing[0]}, which is not there; asked for by {asked}"
             )
-        if not missing:
+        if not missing and not life.revived:
             self._compare(index, manifest, state, asked)
         record = Record(life, manifest, after.data, state, objects, self.tick, self.loop.now)
         self.records[life.id, manifest.generation] = record
@@ -295,7 +295,7 @@ class World:
         if manifest.created_s < old.manifest.created_s:
             raise Violation("succession", f"{index}: time ran backwards at generation {manifest.generation}")
         kept = self.bucket.objects.get(old.archive)
-        if kept is None or kept.data != old.data:
+        if (kept is None or kept.data != old.data) and not old.life.revived:
             raise Violation("archive", f"{index} generation {old.generation} was replaced and not kept")
 
     def _created(self, index: str, manifest: Manifest, operations: tuple[Op, ...]) -> tuple[State, Life]:
@@ -494,7 +494,8 @@ class World:
         try:
             self._judge(op, value, error)
         except Violation as violation:
-            self.fail(violation.kind, violation.message)
+            if not self._is_about_revived(op):
+                self.fail(violation.kind, violation.message)
         self.note(f"{op} ends: {op.outcome}")
 
     def _judge(self, op: Op, value: Any, error: BaseException | None) -> None:
@@ -542,8 +543,7 @@ class World:
         effects = [(life, generation) for life, generation in op.applied if generation >= 0 and self.lives[life].alive]
         if op.kind in ("add", "build", "create", "rollback") and effects:
             raise Violation("refused", f"{op} was answered with '{error}', but took effect at {effects}")
-        revived = any(record is not None and record.life.revived for record in was)  # two histories of one id get in each other's way
-        if isinstance(error, CorruptData) and not ended and not revived and not self._source_ended(op):
+        if isinstance(error, CorruptData) and not ended and not self._source_ended(op):
             raise Violation("corrupt", f"{op}: {error}")
         if isinstance(error, NotFound) and error.code == "index-not-found" and not ended and not self._source_ended(op):
             raise Violation("refused", f"{op} found no index, but there was one all the time")
@@ -561,7 +561,8 @@ class World:
             self._check_kept(op, error)
         if isinstance(error, Conflict) and error.code == "index-exists":
             own = {life for life, _ in op.applied}
-            if all(record is None or record.life.id in own for record in was):
+            is_there = all(self.lives[life].alive for life in own)  # else nobody can tell any more whose it was
+            if is_there and all(record is None or record.life.id in own for record in was):
                 raise Violation("conflict", f"{op} was told that the index exists, but only its own does")
         if isinstance(error, Conflict) and error.code not in ("commit-conflict", "index-exists"):
             raise Violation("conflict", f"{op}: {error}")
@@ -580,6 +581,11 @@ class World:
             return
         if all(record is not None and self.is_protected(record) for record in targets):
             raise Violation("refused", f"{op}: {error}; but it must be there, and nobody sweeps")
+
+    def _is_about_revived(self, op: Op) -> bool:
+        """Whether it has to do with an index that came back: two histories of one id get in each other's way."""
+        indices = [op.index, *([op.args["source"]] if "source" in op.args else [])]
+        return any(record is not None and record.life.revived for index in indices for record in self.in_force(index, op.invoked_tick))
 
     def _changed_lately(self, op: Op) -> bool:
         """Whether the index was another one as long ago as a writer may believe what it knew."""
