@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from engine.cold import ColdHits
-from engine.config import SearchParams
+from engine.config import MAX_SEGMENT_DOCUMENTS, SearchParams
 from engine.format.manifest import CodecRef, SegmentRef
 from engine.scoring.brute_force import maxsim
 from engine.scoring.candidates import Probes, probe
@@ -164,12 +164,15 @@ def company(segments: Sequence[SegmentRef]) -> tuple[int, ...]:
     if len(quantised) < 2:
         return ()
     largest = max(quantised, key=lambda n: (segments[n].n_tokens, -n))
-    most_tokens, left, small = SMALL_SHARE * segments[largest].n_tokens, COMPANY_BYTES, []
+    most_tokens, small = SMALL_SHARE * segments[largest].n_tokens, []
+    bytes_left, documents_left = COMPANY_BYTES, MAX_SEGMENT_DOCUMENTS
     for n in quantised:
         ref = segments[n]
-        if n != largest and ref.n_documents <= SMALL_DOCUMENTS and ref.n_tokens <= most_tokens and ref.size_bytes <= left:
+        is_small = n != largest and ref.n_documents <= SMALL_DOCUMENTS and ref.n_tokens <= most_tokens
+        if is_small and ref.size_bytes <= bytes_left and ref.n_documents <= documents_left:
             small.append(n)
-            left -= ref.size_bytes
+            bytes_left -= ref.size_bytes
+            documents_left -= ref.n_documents
     return (largest, *small) if small else ()
 
 

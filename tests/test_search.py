@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
 
 from corpus import Corpus, make_corpus
-from engine.config import ColdParams, IndexConfig, MaintenanceParams, SearchParams
+from engine.config import MAX_SEGMENT_DOCUMENTS, ColdParams, IndexConfig, MaintenanceParams, SearchParams
 from engine.errors import CorruptData, InvalidRequest
 from engine.evaluate import recall_at_k
 from engine.format import names
@@ -136,6 +137,17 @@ async def test_only_what_is_small_beside_the_largest_keeps_it_company() -> None:
     assert [segments[n].n_documents for n in company(segments)] == [270, 20, 80, 30]
     assert [segments[1:][n].n_documents for n in company(segments[1:])] == [80, 20, 30]
     assert company(segments[:1]) == company(()) == ()
+
+
+async def test_what_is_joined_has_no_more_documents_than_a_segment_may_have() -> None:
+    """Ordinals of postings have sixteen bits: one document more, and hits would be those of other documents."""
+    reader = await beside_a_large_one([20])
+    large, small = (await reader.snapshot("x")).segments
+    large = msgspec.structs.replace(large, n_tokens=1_000_000)
+    small = msgspec.structs.replace(small, n_documents=2_000, n_tokens=2_000, size_bytes=200_000)
+    kept = company([large, *[small] * 60])
+    assert kept == (0, *range(1, 33))
+    assert sum(small.n_documents for _ in kept[1:]) <= MAX_SEGMENT_DOCUMENTS
 
 
 async def test_a_cold_search_that_reads_everything_finds_what_a_warm_one_finds() -> None:
