@@ -210,10 +210,6 @@ class AliasRequest(Struct):
     index: str
 
 
-class WarmRequest(Struct):
-    budget_bytes: UInt | None = None
-
-
 class RecallRequest(Struct):
     """A self test: sampled documents' own tokens are the queries, exhaustive search over the stored vectors the truth."""
 
