@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cloudformation import read_template
 from handler.routes.endpoint import Endpoint
 from handler.routes.table import ENDPOINTS
 from handler.settings import SETTINGS, Settings
@@ -22,25 +23,9 @@ INSIDE = [endpoint for endpoint in ENDPOINTS if endpoint.path.startswith("/inter
 VARIABLES = {variable for setting in SETTINGS for variable in setting.variables}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with CloudFormation's short functions, which become {"name": value}."""
-
-
-def _function(loader: _Loader, suffix: str, node: yaml.Node) -> dict[str, Any]:
-    if isinstance(node, yaml.ScalarNode):
-        return {suffix: loader.construct_scalar(node)}
-    if isinstance(node, yaml.SequenceNode):
-        return {suffix: loader.construct_sequence(node, deep=True)}
-    assert isinstance(node, yaml.MappingNode)
-    return {suffix: loader.construct_mapping(node, deep=True)}
-
-
-_Loader.add_multi_constructor("!", _function)
-
-
 @pytest.fixture(scope="module")
 def stack() -> dict[str, Any]:
-    return yaml.load((INFRA / "ecs.yaml").read_text(), _Loader)["Resources"]
+    return read_template(INFRA / "ecs.yaml")["Resources"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +126,7 @@ def test_tasks_write_nowhere_but_to_their_cache_and_readers_only_read(stack: dic
         assert container["LinuxParameters"]["Capabilities"]["Drop"] == ["ALL"]
         assert [secret["Name"] for secret in container["Secrets"]] == ["TARTAN_API_KEYS"]
         environment = {variable["Name"]: variable["Value"] for variable in container["Environment"]}
-        is_reader = task["Properties"]["TaskRoleArn"] == {"GetAtt": "ReaderRole.Arn"}
+        is_reader = task["Properties"]["TaskRoleArn"] == {"Fn::GetAtt": "ReaderRole.Arn"}
         assert environment.get("TARTAN_READ_ONLY", "false") == str(is_reader).lower()
     statements = stack["ReaderRole"]["Properties"]["Policies"][0]["PolicyDocument"]["Statement"]
     assert [statement["Action"] for statement in statements] == ["s3:GetObject", "s3:ListBucket"]

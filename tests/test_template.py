@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from cloudformation import read_template
 from handler.routes.table import ENDPOINTS
 from handler.settings import SETTINGS
 
@@ -33,21 +33,7 @@ VALUES |= {"AWS::AccountId": "1"}
 WITH_TEXTS = {"encode", "rerank_with_encoding", "search_with_encoding", "search_filtered_with_encoding", "update_with_encoding"}
 
 
-class Loader(yaml.SafeLoader):
-    """YAML with CloudFormation's short forms: !Ref x becomes {"Ref": "x"}, others {"Fn::Name": ...}."""
-
-
-def _short_form(loader: Loader, suffix: str, node: yaml.Node) -> dict[str, Any]:
-    name = suffix if suffix in ("Ref", "Condition") else f"Fn::{suffix}"
-    if isinstance(node, yaml.ScalarNode):
-        return {name: loader.construct_scalar(node)}
-    if isinstance(node, yaml.SequenceNode):
-        return {name: loader.construct_sequence(node, deep=True)}
-    return {name: loader.construct_mapping(node, deep=True)}  # type: ignore[arg-type]
-
-
-Loader.add_multi_constructor("!", _short_form)
-TEMPLATE: dict[str, Any] = yaml.load((ROOT / "template.yaml").read_text(), Loader)
+TEMPLATE = read_template(ROOT / "template.yaml")
 RESOURCES: dict[str, Any] = TEMPLATE["Resources"]
 
 
@@ -166,7 +152,7 @@ def test_every_function_that_answers_requests_may_put_a_large_answer_there() -> 
 
 def test_the_nested_monitoring_gets_the_namespace_of_the_functions_and_parameters_that_it_has() -> None:
     nested = RESOURCES["Monitoring"]["Properties"]
-    own = yaml.load((ROOT / nested["Location"]).read_text(), Loader)
+    own = read_template(ROOT / nested["Location"])
     assert nested["Parameters"]["Namespace"] == TEMPLATE["Globals"]["Function"]["Environment"]["Variables"]["TARTAN_EMF_NAMESPACE"]
     assert set(nested["Parameters"]) == set(own["Parameters"])
     assert "CAPABILITY_AUTO_EXPAND" in (ROOT / "infra/lambda.mk").read_text()
@@ -226,7 +212,13 @@ CANNOT: dict[str, set[tuple[str, str]]] = {
     "ShardRole": {("s3:PutObject", CURRENT), ("s3:PutObject", ANSWER), ("s3:DeleteObject", SEGMENT), ("s3:GetObject", INPUT)},
     "CoordinateRole": {("s3:PutObject", CURRENT), ("s3:PutObject", ANSWER), ("s3:DeleteObject", SEGMENT)},
     "WriterRole": {("s3:GetObject", INPUT), ("s3:PutObject", ELSEWHERE)},
-    "EncoderRole": {("s3:PutObject", UPLOAD), ("s3:DeleteObject", SEGMENT), ("s3:PutObject", PIN), ("s3:PutObject", ALIAS), ("s3:GetObject", INPUT)},
+    "EncoderRole": {
+        ("s3:PutObject", UPLOAD),
+        ("s3:DeleteObject", SEGMENT),
+        ("s3:PutObject", PIN),
+        ("s3:PutObject", ALIAS),
+        ("s3:GetObject", INPUT),
+    },
     "BuildRole": {
         ("s3:DeleteObject", SEGMENT),
         ("s3:DeleteObject", CURRENT),

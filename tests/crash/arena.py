@@ -23,10 +23,11 @@ import msgspec
 from crash.actors import BUILT, SENTINEL, Config, vectors_of
 from crash.audit import audit
 from crash.journal import Journal, read_all
-from crash.s3 import BUCKET, ROOT, S3Process
+from crash.s3 import BUCKET, MoodyProcess
 from engine.config import IndexConfig
 from engine.index.commit import create
 from handler.settings import Settings
+from s3_process import ROOT
 from serving import free_port
 
 _SERVE = """
@@ -62,7 +63,7 @@ class Arena:
         self.folder, self.cast, self.rng, self.grace_s = folder, cast, random.Random(seed), grace_s
         self.journals = folder / "journals"
         self.journals.mkdir(parents=True)
-        self.s3 = S3Process() if kind == "s3" else None
+        self.s3 = MoodyProcess() if kind == "s3" else None
         self.store = f"s3://{BUCKET}/indices" if self.s3 else str(folder / "indices")
         self.disk_mood = folder / "mood"
         self.disk_mood.write_text("well")

@@ -2,26 +2,23 @@
 
     PUT /_mood with {"kind": "well" | "slow" | "denied" | "read-only" | "expired" | "failing" | "gone", "delay_s": 0.2}
 
-Run as `python -m crash.s3 BUCKET`: prints its URL, ends when standard input does.
+Run as `python -m crash.s3` (s3_process.py).
 """
 
 from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from s3_process import S3Process, run
 from s3_server import Environ, S3Server, answer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BUCKET = "crash"
 REFUSALS = {
     "denied": ("403 Forbidden", "AccessDenied"),
@@ -54,15 +51,11 @@ class MoodyS3(S3Server):
         return self._apply(environ, start)
 
 
-class S3Process:
+class MoodyProcess(S3Process):
     """The process, seen from outside."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "crash.s3", BUCKET]
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-        assert self.process.stdout is not None
-        self.url = self.process.stdout.readline().decode().strip()
+        super().__init__("crash.s3")
 
     def set_mood(self, kind: str, **more: Any) -> None:
         body = json.dumps({"kind": kind, **more}).encode()
@@ -76,17 +69,6 @@ class S3Process:
         finally:
             self.set_mood("well")
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-def main() -> None:
-    server = MoodyS3()
-    urllib.request.urlopen(urllib.request.Request(f"{server.url}/{sys.argv[1]}", method="PUT")).close()
-    print(server.url, flush=True)
-    sys.stdin.read()
-
 
 if __name__ == "__main__":
-    main()
+    run(MoodyS3(), BUCKET)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cloudformation import read_template
 
 LIBRARY = {"AWS::Partition": "aws", "AWS::Region": "r", "AWS::AccountId": "1", "AWS::StackName": "s", "AWS::URLSuffix": "amazonaws.com"}
 ARNS = {
@@ -24,27 +24,11 @@ ARNS = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with CloudFormation's short forms spelt out."""
-
-
-def _short_form(loader: _Loader, suffix: str, node: yaml.Node) -> dict[str, Any]:
-    name = suffix if suffix in ("Ref", "Condition") else f"Fn::{suffix}"
-    if isinstance(node, yaml.ScalarNode):
-        return {name: loader.construct_scalar(node)}
-    if isinstance(node, yaml.SequenceNode):
-        return {name: loader.construct_sequence(node, deep=True)}
-    return {name: loader.construct_mapping(node, deep=True)}  # type: ignore[arg-type]
-
-
-_Loader.add_multi_constructor("!", _short_form)
-
-
 class Stack:
     """A template whose references are resolved with `parameters`; an Fn::If takes the branch that has more in it."""
 
     def __init__(self, path: Path, parameters: Mapping[str, str]) -> None:
-        template = yaml.load(path.read_text(), _Loader)
+        template = read_template(path)
         self.resources: dict[str, dict[str, Any]] = template["Resources"]
         defaults = {name: str(found.get("Default", name)) for name, found in template.get("Parameters", {}).items()}
         self.values = {**LIBRARY, **defaults, **parameters}

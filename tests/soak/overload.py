@@ -202,7 +202,7 @@ async def build(stage: Stage, n_documents: int) -> None:
     if "TARTAN_S3_ENDPOINT" in stage.place.environment:
         keys = {"endpoint": stage.place.environment["TARTAN_S3_ENDPOINT"], "region": "us-east-1"}
         keys |= {"access_key_id": "key", "secret_access_key": "secret"}
-    reader = Reader(open_store(stage.place.url, StoreOptions(fsync=False, **keys)))
+    reader = Reader(open_store(stage.place.store_url, StoreOptions(fsync=False, **keys)))
     if INDEX not in await list_indices(reader.store):
         await create(reader.store, INDEX, IndexConfig(nbits=4))
         for start in range(0, n_documents, BLOCK):

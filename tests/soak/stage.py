@@ -15,8 +15,9 @@ from typing import Literal
 
 from crash.arena import is_ready
 from handler.settings import Settings
+from s3_process import ROOT
 from serving import free_port
-from soak.store import ROOT, DirectoryPlace, S3Place
+from soak.store import DirectoryPlace, S3Place
 
 Kind = Literal["directory", "s3"]
 START_S = 120.0
@@ -52,7 +53,7 @@ class Replica:
             **{
                 "host": "127.0.0.1",
                 "port": free_port(),
-                "index_dir": place.url,
+                "index_dir": place.store_url,
                 "fsync": False,
                 "drain_s": 0.0,
                 "log_level": "warning",

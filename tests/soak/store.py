@@ -1,15 +1,12 @@
 """The store of a soak and what lies in it: a directory, or an S3 server in a process of its own whose objects can be counted without listing.
 
-Run as `python -m soak.store`: prints the server's URL, ends when standard input does. GET /_stats gives {"objects", "mib", "manifests"}.
+Run as `python -m soak.store` (s3_process.py) it is that server. GET /_stats gives {"objects", "mib", "manifests"}.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,10 +15,10 @@ from typing import Any
 
 from moto.s3.models import s3_backends
 
+from s3_process import S3Process, run
 from s3_server import Environ, S3Server
 from soak.wire import Wire
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BUCKET = "soak"
 
 
@@ -52,7 +49,7 @@ class DirectoryPlace:
     environment: dict[str, str]
 
     @property
-    def url(self) -> str:
+    def store_url(self) -> str:
         return str(self.folder)
 
     async def stats(self) -> dict[str, float]:
@@ -70,21 +67,16 @@ class DirectoryPlace:
         pass
 
 
-class S3Place:
+class S3Place(S3Process):
     """The server's process, seen from outside."""
 
-    url = f"s3://{BUCKET}/indices"
+    store_url = f"s3://{BUCKET}/indices"
 
     def __init__(self) -> None:
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "soak.store"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
-        assert self.process.stdout is not None
-        self.endpoint = self.process.stdout.readline().decode().strip()
+        super().__init__("soak.store")
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
-        self.environment = {**keys, "TARTAN_S3_ENDPOINT": self.endpoint}
-        self._wire = Wire(self.endpoint)
+        self.environment = {**keys, "TARTAN_S3_ENDPOINT": self.url}
+        self._wire = Wire(self.url)
 
     async def stats(self) -> dict[str, float]:
         found: dict[str, float] = (await self._wire.ask("GET", "/_stats")).json()
@@ -92,16 +84,8 @@ class S3Place:
 
     def close(self) -> None:
         self._wire.close()
-        self.process.kill()
-        self.process.communicate()
-
-
-def main() -> None:
-    server = CountedS3()
-    urllib.request.urlopen(urllib.request.Request(f"{server.url}/{BUCKET}", method="PUT")).close()
-    print(server.url, flush=True)
-    sys.stdin.read()
+        super().close()
 
 
 if __name__ == "__main__":
-    main()
+    run(CountedS3(), BUCKET)
