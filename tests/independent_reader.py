@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-MANIFEST, CODEC, FLAT, QUANTISED, TOMBSTONES, PATCH, PIN, BRANCH, SWEEP, ALIAS, BUILD, UPLOAD = range(1, 13)
+MANIFEST, CODEC, FLAT, QUANTISED, TOMBSTONES, PATCH, PIN, BRANCH, SWEEP, ALIAS, BUILD, UPLOAD, DELETION = range(1, 14)
 
 
 def frame(data: bytes) -> tuple[int, dict[int, bytes]]:

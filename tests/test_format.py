@@ -723,6 +723,8 @@ def test_golden_objects_are_read_by_an_independent_reader(expected: dict[str, An
     assert independent_reader.body(golden("build"), independent_reader.BUILD)["part"] == 2
     assert independent_reader.upload(golden("upload_claim")) == (make.IDS["index"], 6, None)
     assert independent_reader.upload(golden("upload_receipt")) == (make.IDS["index"], 7, range(995, 1000))
+    deletion = independent_reader.body(golden("deletion"), independent_reader.DELETION)
+    assert (deletion["index_id"], deletion["generation"]) == (make.IDS["index"], 8)
     current = independent_reader.body(golden("manifest"), independent_reader.MANIFEST)
     assert (current["generation"], current["next_id"]) == (7, 1000)
     coarse = np.frombuffer(current["codecs"][0]["coarse"], "<f2").reshape(-1, codec["dim"])
@@ -757,6 +759,7 @@ def test_golden_objects_are_read_by_the_engine(expected: dict[str, Any]) -> None
     claim, receipt = (markers.read_marker(golden(name), markers.Upload, name=name) for name in ("upload_claim", "upload_receipt"))
     assert (claim.generation, claim.first_id, claim.last_id) == (6, None, None)
     assert (receipt.generation, receipt.first_id, receipt.last_id) == (7, 995, 999)
+    assert markers.read_marker(golden("deletion"), markers.Deletion, name="deletion").generation == 8
 
 
 @pytest.mark.parametrize(("first_id", "last_id"), [(5, None), (None, 5), (5, 4), (-1, 3)])
@@ -764,6 +767,13 @@ def test_a_receipt_of_impossible_documents_is_noticed(first_id: int | None, last
     data = markers.write_marker(markers.Upload(created_s=1.0, index_id=make.IDS["index"], generation=1, first_id=first_id, last_id=last_id))
     with pytest.raises(CorruptData):
         markers.read_marker(data, markers.Upload, name="x")
+
+
+@pytest.mark.parametrize("index_id", ["x", "01J0000000000000000000000!", "../../etc"])
+def test_a_deletion_of_an_impossible_life_is_noticed(index_id: str) -> None:
+    data = markers.write_marker(markers.Deletion(created_s=1.0, index_id=index_id, generation=1, id=make.IDS["deletion"]))
+    with pytest.raises(CorruptData):
+        markers.read_marker(data, markers.Deletion, name="x")
 
 
 # Corruption
@@ -791,6 +801,7 @@ def _golden_readers() -> dict[str, Callable[[bytes], object]]:
         "alias": lambda data: markers.read_marker(data, markers.Alias, name="x"),
         "build": lambda data: markers.read_marker(data, markers.BuildProgress, name="x"),
         "upload_receipt": lambda data: markers.read_marker(data, markers.Upload, name="x"),
+        "deletion": lambda data: markers.read_marker(data, markers.Deletion, name="x"),
     }
 
 

@@ -22,4 +22,4 @@ def test_every_promise_names_a_test() -> None:
     """But the one that only says where something lies."""
     promises = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     assert [int(number) for number, _ in promises] == list(range(1, len(promises) + 1))
-    assert [number for number, text in promises if "`test_" not in text] == ["18"]
+    assert [number for number, text in promises if "`test_" not in text] == ["19"]

@@ -274,8 +274,10 @@ def test_the_bucket_is_private_encrypted_versioned_and_tidied() -> None:
     assert properties["BucketEncryption"]["ServerSideEncryptionConfiguration"]
     rules = {rule["Id"]: rule for rule in properties["LifecycleConfiguration"]["Rules"]}
     assert set(rules) == {"multipart-leftovers", "old-versions"}
-    [statement] = RESOURCES["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    assert (statement["Effect"], statement["Condition"]) == ("Deny", {"Bool": {"aws:SecureTransport": "false"}})
+    tls, conditional = RESOURCES["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    assert (tls["Effect"], tls["Condition"]) == ("Deny", {"Bool": {"aws:SecureTransport": "false"}})
+    assert (conditional["Effect"], conditional["Action"]) == ("Deny", "s3:PutObject")
+    assert conditional["Condition"] == {"Null": {"s3:if-match": "true", "s3:if-none-match": "true"}}
 
 
 def test_the_machines_get_every_function_that_they_name() -> None:

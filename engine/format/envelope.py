@@ -62,6 +62,7 @@ class Kind(IntEnum):
     ALIAS = 10
     BUILD = 11
     UPLOAD = 12
+    DELETION = 13
 
 
 FORMAT_VERSIONS: Final[dict[Kind, tuple[int, int]]] = dict.fromkeys(Kind, (1, 1))

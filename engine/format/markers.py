@@ -6,6 +6,7 @@ sweep   {writer, created_s, names, generations}    a garbage collection is about
 alias   {index, created_s, id}                     another name of an index
 upload  {index_id, generation, first_id, last_id, created_s}   where the commit of a presigned upload begins, and then what it made
 build   {id, part, source, n_documents, objects, segment, codec, columns, created_s}   progress of a bulk build that can be resumed
+deletion {index_id, generation, created_s, id}   in place of a manifest in CURRENT: there is no index of this name
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 from engine.config import INDEX_NAME
 from engine.format.envelope import Buffer, Kind, Section, build_body, corrupt, parse_body
 from engine.format.manifest import CodecRef, Column, SegmentRef
+from engine.format.names import is_id
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,8 +90,21 @@ class Upload(_Marker, frozen=True, kw_only=True):
     last_id: int | None = None
 
 
-Marker: TypeAlias = Pin | Branch | Sweep | Alias | BuildProgress | Upload
-M = TypeVar("M", Pin, Branch, Sweep, Alias, BuildProgress, Upload)
+class Deletion(_Marker, frozen=True, kw_only=True):
+    """The end of an index. It stays, so that no request that is late or repeated can bring the index back, or take the next one with it.
+
+    index_id    the life that ended; empty if its CURRENT could not be read
+    generation  its last
+    id          unique, so that a lost answer can be told from a refusal
+    """
+
+    index_id: str
+    generation: int
+    id: str
+
+
+Marker: TypeAlias = Pin | Branch | Sweep | Alias | BuildProgress | Upload | Deletion
+M = TypeVar("M", Pin, Branch, Sweep, Alias, BuildProgress, Upload, Deletion)
 KINDS: dict[type, Kind] = {
     Pin: Kind.PIN,
     Branch: Kind.BRANCH,
@@ -97,6 +112,7 @@ KINDS: dict[type, Kind] = {
     Alias: Kind.ALIAS,
     BuildProgress: Kind.BUILD,
     Upload: Kind.UPLOAD,
+    Deletion: Kind.DELETION,
 }
 
 
@@ -111,7 +127,8 @@ def read_marker(data: Buffer, type: type[M], *, name: str) -> M:
     generations = marker.generations if isinstance(marker, Sweep) else (getattr(marker, "generation", 0),)
     index = getattr(marker, "index", "index")
     is_receipt_possible = not isinstance(marker, Upload) or _is_range(marker.first_id, marker.last_id)
-    if min(generations, default=0) < 0 or not INDEX_NAME.fullmatch(index) or not is_receipt_possible:
+    is_life_possible = not isinstance(marker, Deletion) or not marker.index_id or is_id(marker.index_id)
+    if min(generations, default=0) < 0 or not INDEX_NAME.fullmatch(index) or not (is_receipt_possible and is_life_possible):
         raise corrupt("a marker is impossible", name=name, section=Section.BODY, expected="FORMAT.md, markers", found=marker)
     return marker
 

@@ -6,6 +6,9 @@ about to be replaced as `manifests/{generation}`, and replaces CURRENT if it is 
     segment data, metadata, tombstones ... and manifests/{g}     all together
     CURRENT g -> g+1                                             if its etag is still the one we read
 
+An index ends by a commit, too: a deletion takes the manifest's place in CURRENT, under the same condition, and stays there. CURRENT is
+never removed, so no request that is late or sent again can bring an index back, and none that ends one can meet the next of its name.
+
 A refusal is a conflict only if CURRENT really holds another commit: the store reads back before it refuses (store/base.py), and each
 attempt carries its own `writer` id, so equal bytes mean our own write whose answer was lost. A crash before the last PUT leaves
 objects that nobody names; garbage collection takes them. This module never deletes and never caches.
@@ -21,11 +24,13 @@ from contextlib import suppress
 import msgspec
 
 from engine.config import CommitParams, IndexConfig, check_index_name
-from engine.errors import Conflict, CorruptData, NotFound, Unavailable
+from engine.errors import Conflict, CorruptData, NotFound, Unavailable, UnsupportedFormat
 from engine.format import names
+from engine.format.envelope import Kind, parse_header
 from engine.format.manifest import Manifest, decode_manifest, encode_manifest
+from engine.format.markers import Deletion, read_marker, write_marker
 from engine.index.clock import Clock, SystemClock
-from engine.store.base import Buffer, ObjectStore
+from engine.store.base import Buffer, Object, ObjectStore
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -50,22 +55,27 @@ It must not assume that an earlier call's result was committed."""
 
 async def load_head(store: ObjectStore, index: str) -> Head:
     """Read CURRENT: one request. NotFound (`index-not-found`) if there is no such index."""
-    name = names.current(index)
     try:
-        found = await store.get(name)
+        return _head(await store.get(names.current(index)), index)
     except NotFound as error:
         raise NotFound("no such index", code="index-not-found", index=index) from error
-    return Head(decode_manifest(found.data, name=name), found.data, found.etag)
 
 
 async def refresh_head(store: ObjectStore, index: str, head: Head) -> Head:
     """`head` itself if CURRENT has not moved, else the newer one: one conditional request, no bytes if unchanged."""
-    name = names.current(index)
     try:
-        found = await store.get_if_changed(name, head.etag)
+        found = await store.get_if_changed(names.current(index), head.etag)
+        return head if found is None else _head(found, index)
     except NotFound as error:
         raise NotFound("no such index", code="index-not-found", index=index) from error
-    return head if found is None else Head(decode_manifest(found.data, name=name), found.data, found.etag)
+
+
+def _head(found: Object, index: str) -> Head:
+    """What CURRENT holds. NotFound if that is a deletion."""
+    name = names.current(index)
+    if parse_header(found.data, name=name).kind is Kind.DELETION:
+        raise NotFound("the index was deleted", object=name, life=read_marker(found.data, Deletion, name=name).index_id)
+    return Head(decode_manifest(found.data, name=name), found.data, found.etag)
 
 
 async def create(
@@ -77,9 +87,10 @@ async def create(
     cause: str = "create",
     clock: Clock | None = None,
 ) -> Head:
-    """Make an index: empty, or holding the documents of `contents` (a branch, a restore). One request.
+    """Make an index: empty, or holding the documents of `contents` (a branch, a restore). Two requests.
 
-    Raises Conflict (`index-exists`) if CURRENT is there already, InvalidRequest for a bad name.
+    Raises Conflict (`index-exists`) if there is one of this name, InvalidRequest for a bad name, Unavailable if one came and went meanwhile
+    and nobody can tell any more whether it was ours.
     """
     check_index_name(index)
     first = Manifest(
@@ -95,20 +106,72 @@ async def create(
         first = msgspec.structs.replace(first, **kept)
     data = encode_manifest(first)
     try:
-        etag = await store.put_if_absent(names.current(index), data)
+        return Head(first, data, await _put_first(store, index, data))
     except Conflict as error:
-        if await _is_made(store, index, first):
+        if await _was_first(store, index, first):
             return Head(first, data, etag="")
         raise Conflict("an index of this name exists already", code="index-exists", index=index) from error
-    return Head(first, data, etag)
 
 
-async def _is_made(store: ObjectStore, index: str, first: Manifest) -> bool:
-    """Whether the index that is there is the one we made: our answer was lost, and others committed before the store looked."""
+async def _put_first(store: ObjectStore, index: str, data: Buffer) -> str:
+    """Put a manifest where there is no index: nothing, or the deletion of one. Returns the etag; Conflict if there is or comes one."""
+    name = names.current(index)
     try:
-        return (await load_head(store, index)).manifest.index_id == first.index_id
+        found = await store.get(name)
     except NotFound:
-        return False
+        return await store.put_if_absent(name, data)
+    with suppress(NotFound):
+        _head(found, index)
+        raise Conflict("there is one already", object=name)
+    try:
+        return await store.replace_if_unchanged(name, data, found.etag)
+    except NotFound as error:
+        raise Conflict("CURRENT was removed by hand meanwhile", object=name) from error
+
+
+async def _was_first(store: ObjectStore, index: str, first: Manifest) -> bool:
+    """Whether the index that is there, or was there last, is the one we made: our answer was lost, and others were here before the store looked."""
+    found = await store.get(names.current(index))
+    with suppress(NotFound):
+        return _head(found, index).manifest.index_id == first.index_id
+    if read_marker(found.data, Deletion, name=names.current(index)).index_id == first.index_id:
+        return True
+    raise Unavailable("an index of this name was made and deleted meanwhile; perhaps it was this one", index=index)
+
+
+async def end(
+    store: ObjectStore, index: str, *, life: str | None = None, rng: random.Random | None = None, clock: Clock | None = None
+) -> bool:
+    """Delete an index: put its deletion into CURRENT, whether that can be read or not. Returns whether there was one. Two requests.
+
+    life  end only the index of this id; None: the one that is there at the first look. Whichever takes its name meanwhile stays
+    Raises Conflict (`commit-conflict`) when commits were faster each time.
+    """
+    params, rng, clock = CommitParams(), rng or random.Random(), clock or SystemClock()
+    for attempt in range(params.max_attempts):
+        try:
+            found = await store.get(names.current(index))
+            there, generation = _life(found, index)
+        except NotFound:
+            return attempt > 0  # our answer was lost, or somebody ended it with us
+        if life not in (None, there):
+            return attempt > 0
+        life = there
+        deletion = Deletion(index_id=there, generation=generation, created_s=clock.now_s(), id=names.fresh_id())
+        with suppress(Conflict, NotFound):
+            await store.replace_if_unchanged(names.current(index), write_marker(deletion), found.etag)
+            return True
+        await clock.sleep(_backoff_s(params, attempt, rng))
+    raise Conflict("other writers were faster each time", index=index, attempts=params.max_attempts)
+
+
+def _life(found: Object, index: str) -> tuple[str, int]:
+    """(index_id, generation) of what CURRENT holds, ("", 0) if that cannot be read. NotFound if it is a deletion."""
+    try:
+        manifest = _head(found, index).manifest
+    except (CorruptData, UnsupportedFormat):
+        return "", 0
+    return manifest.index_id, manifest.generation
 
 
 async def install(store: ObjectStore, index: str, data: Buffer, *, over_damage: bool = False) -> bool:
@@ -117,7 +180,8 @@ async def install(store: ObjectStore, index: str, data: Buffer, *, over_damage: 
     data         the bytes of its manifest; everything that it names must be there
     over_damage  replace a CURRENT that cannot be read, too
     returns      whether CURRENT moved: it goes forward only, and stays where it is if that generation or a later one is in force
-    Raises Conflict (`index-exists`) if CURRENT belongs to another index, or has another commit of that number.
+    Raises Conflict (`index-exists`) if CURRENT belongs to another index, or has another commit of that number. An index that was deleted
+    comes back.
     """
     manifest = decode_manifest(data, name=names.current(index))
     while True:
@@ -129,21 +193,28 @@ async def install(store: ObjectStore, index: str, data: Buffer, *, over_damage: 
                 return True
             continue
         try:
-            there = decode_manifest(found.data, name=names.current(index))
+            head = _head(found, index)
+        except NotFound:
+            pass
         except CorruptData:
             if not over_damage:
                 raise
         else:
-            if there.index_id != manifest.index_id:
-                raise Conflict("another index of this name is there", code="index-exists", index=index)
-            if there.generation == manifest.generation and there.writer != manifest.writer:
-                raise Conflict("this copy was written to: it has a history of its own", code="index-exists", index=index)
-            if there.generation >= manifest.generation:
+            if not _goes_forward(head.manifest, manifest, index):
                 return False
-            await archive(store, index, Head(there, found.data, found.etag))
+            await archive(store, index, head)
         with suppress(Conflict, NotFound):
             await store.replace_if_unchanged(names.current(index), data, found.etag)
             return True
+
+
+def _goes_forward(there: Manifest, manifest: Manifest, index: str) -> bool:
+    """Whether a manifest is of a later generation than the one in force; Conflict if it does not belong to the same history."""
+    if there.index_id != manifest.index_id:
+        raise Conflict("another index of this name is there", code="index-exists", index=index)
+    if there.generation == manifest.generation and there.writer != manifest.writer:
+        raise Conflict("this copy was written to: it has a history of its own", code="index-exists", index=index)
+    return there.generation < manifest.generation
 
 
 async def commit(

@@ -7,7 +7,7 @@ import asyncio
 from engine.config import INDEX_NAME
 from engine.errors import CorruptData, EngineError, NotFound, UnsupportedFormat
 from engine.format import names
-from engine.index.commit import Head, load_head
+from engine.index.commit import Head, end, load_head
 from engine.index.sweep import names_held, names_kept_for_branches, names_of_successor
 from engine.store.base import ObjectStore
 
@@ -45,14 +45,14 @@ async def survey(store: ObjectStore) -> tuple[dict[str, Head], dict[str, EngineE
 
 
 async def drop(store: ObjectStore, index: str) -> bool:
-    """Delete an index: it is gone for everybody when CURRENT is, then its objects follow, except those that branches share.
+    """Delete an index: it is gone for everybody when its deletion is committed, then its objects follow, except those that branches share.
 
-    Returns whether there was one. Objects are listed before CURRENT goes, so an index made again under the same name at the same
-    time loses nothing. What a writer uploads meanwhile is left for garbage collection.
+    Returns whether there was one. Objects are listed before, so an index made again under the same name at the same time loses nothing.
+    What a writer uploads meanwhile is left for garbage collection. What stays is the deletion, some 250 bytes in CURRENT (commit.py).
+    Raises Conflict (`commit-conflict`) if commits were faster each time.
     """
     listed = [listed.name async for listed in store.list(names.of_index(index))]
-    existed = names.current(index) in listed
-    await store.delete([names.current(index)])
+    existed = await end(store, index)
     # A branch that is being made holds what it needs, and may be there before its maker dies; garbage collection takes the rest. Of a branch
     # of a branch that is being made, we see the marker and not yet the index: no marker goes before it is old.
     kept = await names_held(store, index) | await names_kept_for_branches(store, index)
@@ -60,3 +60,9 @@ async def drop(store: ObjectStore, index: str) -> bool:
     left = (names.current(index), names.branches(index))
     await store.delete([name for name in listed if name not in kept and not name.startswith(left)])
     return existed
+
+
+async def erase(store: ObjectStore, index: str) -> None:
+    """Delete an index whose name nobody uses a second time (one made of a fresh id), and its deletion as well: nothing stays."""
+    await drop(store, index)
+    await store.delete([names.current(index)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import msgspec
 
@@ -22,7 +22,7 @@ from engine.format import names
 from engine.format.manifest import Manifest, decode_manifest
 from engine.format.markers import Branch, Pin, read_marker, write_marker
 from engine.index.clock import Clock, SystemClock
-from engine.index.commit import Draft, Head, archive, commit, create, load_head
+from engine.index.commit import Draft, Head, archive, commit, create, end, load_head
 from engine.index.references import homes_of, objects_of, rehomed
 from engine.index.sweep import MANIFESTS_AT_ONCE, doomed_by_sweeps
 from engine.store.base import ObjectStore
@@ -221,14 +221,6 @@ async def branch(store: ObjectStore, index: str, name: str, *, generation: int |
         except NotFound:
             parent = None
         if parent is None or parent.manifest.index_id != manifest.index_id:  # deleted meanwhile, perhaps before it could see the branch
-            await _withdraw(store, name, made)
+            await end(store, name, life=made.manifest.index_id, clock=clock)
             raise NotFound("the index was deleted meanwhile", code="index-not-found", index=index)
         return made
-
-
-async def _withdraw(store: ObjectStore, name: str, made: Head) -> None:
-    """Delete an index that we have just made, unless somebody was faster, and it is another one by now. Stores have no conditional delete: what is made
-    between the look and the deletion is lost, as it is to a `drop` of that moment."""
-    with suppress(NotFound):
-        if (await load_head(store, name)).manifest.index_id == made.manifest.index_id:
-            await store.delete([names.current(name)])

@@ -24,7 +24,7 @@ from engine.errors import InvalidRequest, NotFound
 from engine.format import names
 from engine.index.clock import Clock, SystemClock
 from engine.index.commit import load_head
-from engine.index.indices import drop
+from engine.index.indices import erase
 from engine.index.reader import Reader, Snapshot
 from engine.index.snapshots import held, manifest_at, rollback
 from engine.index.verify import verify
@@ -117,7 +117,7 @@ async def drill(
         n_different = _n_different(expected, await _answers(await fresh.snapshot(scratch), queries, k))
         rolled_back = await _can_roll_back(fresh, scratch, queries, expected, k)
     finally:
-        await drop(backups.store, scratch)
+        await erase(backups.store, scratch)
     record = DrillRecord(
         index=index,
         generation=generation,
@@ -200,4 +200,4 @@ async def _drop_leftovers(store: ObjectStore, clock: Clock) -> None:
     for folder in leftovers:
         modified = [listed.modified_s async for listed in store.list(names.of_index(folder))]
         if clock.now_s() - max(modified, default=0.0) > SCRATCH_LIFE_S:
-            await drop(store, folder)
+            await erase(store, folder)

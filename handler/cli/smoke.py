@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import random
-import secrets
 import ssl
 import time
 import urllib.error
@@ -24,6 +23,8 @@ import typer
 from handler.cli.session import AsJson, print_json, stdout, table
 
 DIM, TOKENS, DOCUMENTS = 16, 4, 12
+NAMES = tuple(f"smoke-{n}" for n in range(16))
+"""What the index may be called: a few names that are used again, since each name that ever was deleted leaves some bytes in the store."""
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +55,7 @@ def smoke(
     if read_only:
         _look(trial, index)
     else:
-        _use(trial, f"smoke-{secrets.token_hex(6)}")
+        _use(trial)
     if as_json:
         print_json({"url": trial.client.shown, "is_good": trial.is_good, "release": trial.release, "steps": trial.steps})
     else:
@@ -175,14 +176,21 @@ def _alive(trial: _Trial) -> None:
     trial.step("health", health)
 
 
-def _use(trial: _Trial, name: str) -> None:
+def _use(trial: _Trial) -> None:
     """Everything, on an index made for it."""
-    client, rng = trial.client, random.Random(name)
+    client, rng = trial.client, random.Random()
     matrices = [_matrix(rng) for _ in range(DOCUMENTS)]
-    path = f"/indices/{name}"
+    name = path = ""
 
-    def refuse() -> None:
-        _same(client.must("GET", path, status=404)["code"], "INDEX_NOT_FOUND", "code of a 404")
+    def refuse() -> str:
+        nonlocal name, path
+        for name in rng.sample(NAMES, len(NAMES)):
+            path = f"/indices/{name}"
+            status, answer = client.ask("GET", path)
+            if status != 200:
+                _same((status, answer["code"]), (404, "INDEX_NOT_FOUND"), "answer to a question about an index that is not there")
+                return name
+        raise _Wrong(f"{NAMES[0]} to {NAMES[-1]} all exist: trials that were killed left them; delete them")
 
     def add() -> str:
         documents = [{"embeddings": matrix} for matrix in matrices]

@@ -31,7 +31,7 @@ CELL_OFFSETS = np.array([0, 2, 2, 5])
 IDS = {
     name: f"01J00000000000000000000{number:03d}"
     for number, name in enumerate(
-        ["index", "writer", "codec", "flat", "flat_ids", "quantised", "tombstones", "patch", "pin", "alias", "build"]
+        ["index", "writer", "codec", "flat", "flat_ids", "quantised", "tombstones", "patch", "pin", "alias", "build", "deletion"]
     )
 }
 LENGTHS = np.array([3, 0, 1, 4, 2])
@@ -163,6 +163,9 @@ def objects() -> dict[str, bytes]:
         "upload_claim": markers.write_marker(markers.Upload(created_s=1764000000.5, index_id=IDS["index"], generation=6)),
         "upload_receipt": markers.write_marker(
             markers.Upload(created_s=1764000000.5, index_id=IDS["index"], generation=7, first_id=995, last_id=999)
+        ),
+        "deletion": markers.write_marker(
+            markers.Deletion(created_s=1764000000.5, index_id=IDS["index"], generation=8, id=IDS["deletion"])
         ),
     }
 

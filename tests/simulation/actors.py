@@ -260,8 +260,7 @@ class Client:
                 if found != wanted_ids:
                     raise Violation("read", f"{op}: a filter finds {found} in generation {record.generation}, should find {wanted_ids}")
         except Violation as violation:
-            if not record.life.revived:
-                self.world.fail(violation.kind, violation.message)
+            self.world.fail(violation.kind, violation.message)
             self.world.end(op)
         except (CorruptData, NotFound) as error:
             why = self.world.is_protected(record)
@@ -598,7 +597,7 @@ class Client:
 
     async def _drop(self, index: str) -> None:
         op = self.world.begin("drop", index, self.process)
-        await self._call(op, indices.drop(self.reader.store, index))
+        await self._call(op, indices.drop(self.reader.store, index), lambda existed: existed)
 
     async def _create(self, index: str) -> None:
         limit = self.rng.choice((None, None, 12, 30))

@@ -245,17 +245,35 @@ MUTATIONS = (
     _one("a drop takes what branches share", f"{INDICES}:drop", "| await names_kept_for_branches(store, index)", ""),
     _one("a drop takes what a branch under way holds", f"{INDICES}:drop", "await names_held(store, index) |", ""),
     Mutation(
-        "a drop deletes CURRENT last",
+        "a drop commits the deletion last",
         (
-            (f"{INDICES}:drop", "    await store.delete([names.current(index)])\n", ""),
-            (f"{INDICES}:drop", "    return existed", "    await store.delete([names.current(index)])\n    return existed"),
+            (f"{INDICES}:drop", "    existed = await end(store, index)\n", ""),
+            (f"{INDICES}:drop", "    return existed", "    return await end(store, index)"),
         ),
     ),
     Mutation(
-        "a drop lists after CURRENT is gone",
+        "a drop lists after the deletion",
         (
-            (f"{INDICES}:drop", "    await store.delete([names.current(index)])\n", ""),
-            (f"{INDICES}:drop", "    listed = [", "    await store.delete([names.current(index)])\n    listed = ["),
+            (f"{INDICES}:drop", "    existed = await end(store, index)\n", ""),
+            (f"{INDICES}:drop", "    listed = [", "    existed = await end(store, index)\n    listed = ["),
+        ),
+    ),
+    _one("a deletion ends the next index, too", f"{COMMIT}:end", "        life = there\n", ""),
+    _one("a branch is withdrawn whatever has its name", f"{SNAPSHOTS}:branch", "life=made.manifest.index_id, ", ""),
+    _one(
+        "a create takes a deletion for its own",
+        f"{COMMIT}:_was_first",
+        ".index_id == first.index_id:\n        return True",
+        ".index_id:\n        return True",
+    ),
+    Mutation(
+        "an index is deleted by removing CURRENT",
+        (
+            (
+                f"{COMMIT}:end",
+                "await store.replace_if_unchanged(names.current(index), write_marker(deletion), found.etag)",
+                "await store.delete([names.current(index)])",
+            ),
         ),
     ),
     # Reading
@@ -341,7 +359,7 @@ HARD = (
     "a sweep lists the history before it reads CURRENT",
     "a sweep takes young objects",
     "branches are listed once",
-    "a drop lists after CURRENT is gone",
+    "a drop lists after the deletion",
     "a sweep does not write down what it deletes",
     "a build does not look again when it commits",
     "an alias is moved whatever it stands for",

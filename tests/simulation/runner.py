@@ -115,7 +115,7 @@ async def _check_at_rest(world: World) -> None:
     reader = world.reader_of(Process("auditor", 0.0), 1 << 26)
     for index in INDICES:
         record = world.current(index)
-        if record is None or record.life.revived:
+        if record is None:
             continue
         if record.life.damage:
             raise Violation("dangling", f"{index}: {record.life.damage}")

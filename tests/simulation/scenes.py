@@ -169,7 +169,7 @@ def _weight(place: str) -> float:
     kind, about, _ = place.split(" ")
     if about in ("data", "all"):
         return 1.0
-    return 3.0 if kind in ("put", "delete", "create") else 2.0
+    return 3.0 if kind in ("put", "delete") else 2.0
 
 
 class Stage:

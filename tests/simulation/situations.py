@@ -34,9 +34,12 @@ async def parting(stage: Stage, index: str) -> None:
         if stage.rng.random() < 0.2:
             await stage.one_does("remade", stage.rng.choice(victims), player)
 
-    halts, places = [_pause_s(stage)], [stage.rng.choice(("put branches 1", "put branches 1", "put branches 2", "put pins 1", "create CURRENT 1"))]
+    halts, places = (
+        [_pause_s(stage)],
+        [stage.rng.choice(("put branches 1", "put branches 1", "put branches 2", "put pins 1", "put CURRENT 1"))],
+    )
     if len(family) == 2 and stage.rng.random() < 0.5:  # the maker dies before it has looked back
-        halts, places = [3.0, 0.0], ["put branches 1", "create CURRENT 1"]
+        halts, places = [3.0, 0.0], ["put branches 1", "put CURRENT 1"]
     await stage.interrupted(player, "branch_to", family[-2], halts, others, places, name=family[-1])
     if stage.rng.random() < 0.5:
         await stage.one_does("drop", stage.rng.choice(family[:-1]))
@@ -54,7 +57,7 @@ async def again(stage: Stage, index: str) -> None:
     async def others(_: int) -> None:
         await stage.one_does("sweep" if len(family) < 3 or stage.rng.random() < 0.6 else "drop", index, player)
 
-    place = stage.rng.choice(("put branches 1", "put branches 1", "put pins 1", "create CURRENT 1"))
+    place = stage.rng.choice(("put branches 1", "put branches 1", "put pins 1", "put CURRENT 1"))
     await stage.interrupted(player, "branch_to", family[-2], [_pause_s(stage)], others, [place], name=family[-1])
     for parent in family[:-1]:
         await stage.one_does(stage.rng.choice(("drop", "drop", "empty")), parent)
@@ -116,7 +119,9 @@ async def late_writer(stage: Stage, index: str) -> None:
             await stage.one_does(stage.rng.choice(WRITERS), index, player)
         await stage.one_does("sweep", index, player)
 
-    place = stage.rng.choice(("get manifests 1", "get manifests 1", "put manifests 1", "put data 1"))  # get: what was there already is read back
+    place = stage.rng.choice(
+        ("get manifests 1", "get manifests 1", "put manifests 1", "put data 1")
+    )  # get: what was there already is read back
     await stage.interrupted(player, stage.rng.choice(WRITERS), index, [_pause_s(stage)], others, [place])
     await stage.one_does(stage.rng.choice(("read", "stale", "old")), index)
 
@@ -132,9 +137,25 @@ async def reborn(stage: Stage, index: str) -> None:
         for _ in range(stage.rng.choice((1, 1, 2))):
             await stage.one_does("remade", index, player)
 
-    place = stage.rng.choice(("list all 1", "list all 2", "delete CURRENT 1", "delete CURRENT 1", "list pins 1", "list branches 1"))
+    place = stage.rng.choice(("list all 1", "list all 2", "put CURRENT 1", "put CURRENT 1", "list pins 1", "list branches 1"))
     await stage.interrupted(player, "drop", index, [_pause_s(stage)], others, [place])
     await stage.one_does("read", index)
+
+
+async def withdrawn(stage: Stage, index: str) -> None:
+    """A branch has lost its parent and is about to be withdrawn, while its name is given to another index, or to nobody."""
+    family = await _family(stage, index, 0)
+    player = stage.rng.choice(stage.players)
+
+    async def others(n: int) -> None:
+        if n == 0:
+            await stage.one_does(stage.rng.choice(("drop", "drop", "remade")), index, player)
+        for _ in range(0 if n == 0 and stage.rng.random() < 0.5 else stage.rng.choice((1, 1, 2))):
+            await stage.one_does(stage.rng.choice(("remade", "remade", "drop", "add")), family[-1], player)
+
+    places = ["put CURRENT 1", stage.rng.choice(("get CURRENT 4", "get CURRENT 5", "get CURRENT 5", "put CURRENT 2"))]
+    await stage.interrupted(player, "branch_to", index, [stage.rng.choice(STANDING_S), _pause_s(stage)], others, places, name=family[-1])
+    await stage.one_does("read", family[-1])
 
 
 async def taken_up(stage: Stage, index: str) -> None:
@@ -178,7 +199,10 @@ async def twins(stage: Stage, index: str) -> None:
             place = stage.rng.choice(("put builds 1", "put builds 1", "put builds 2", "put CURRENT 1"))
             await stage.interrupted(second, "take_up", index, [0.0], nobody, [place])
 
-    places = [stage.rng.choice(("put data 1", "put data 2", "put data 3")), stage.rng.choice(("put builds 2", "put builds 3", "put builds 4"))]
+    places = [
+        stage.rng.choice(("put data 1", "put data 2", "put data 3")),
+        stage.rng.choice(("put builds 2", "put builds 3", "put builds 4")),
+    ]
     await stage.interrupted(first, "build", index, [3.0, 0.0], others, places)
     await stage.one_does("take_up", index)
     await stage.one_does("read", index)
@@ -202,7 +226,7 @@ async def overtaken(stage: Stage, index: str) -> None:
 
 
 SITUATIONS: dict[str, Callable[[Stage, str], Coroutine[Any, Any, None]]] = {
-    scene.__name__: scene for scene in (parting, again, handing, revival, late_writer, reborn, taken_up, twins, overtaken)
+    scene.__name__: scene for scene in (parting, again, handing, revival, late_writer, reborn, withdrawn, taken_up, twins, overtaken)
 }
 
 
@@ -238,7 +262,7 @@ async def _an_hour_later(stage: Stage, family: list[str]) -> None:
     """What is left of each is swept, and what should be there is read. A branch whose maker died is whole, or is not there."""
     await asyncio.sleep(stage.rng.choice(LONGER_THAN_GRACE_S))
     last = stage.world.current(family[-1])
-    if last is not None and last.life.damage and not last.life.revived:
+    if last is not None and last.life.damage:
         stage.world.fail("dangling", f"{family[-1]}, at rest: {last.life.damage}")
     for name in family[:-1]:
         if name == family[0] or stage.rng.random() < 0.5:

@@ -153,7 +153,7 @@ class Wire:
         fate = _fate(weather, chance, conditional)
         there_s, back_s = self._latency_s(), self._latency_s()
         if self.rng.random() < weather.slow:
-            if self.rng.random() < 0.5 and kind != "create":
+            if self.rng.random() < 0.5:
                 there_s += self.rng.uniform(5, 30)
             else:
                 back_s += self.rng.uniform(5, 30)
@@ -222,9 +222,6 @@ class Wire:
 
     async def put_async(self, name: str, data: memoryview, *, mode: Any, use_multipart: bool) -> dict[str, str]:
         body = bytes(data)
-        # A create that takes effect long after its caller gave up can bring back what was deleted meanwhile. S3 offers nothing against
-        # that, and closes the connection of a caller that left; so the first CURRENT of an index is never late here.
-        kind = "create" if mode == "create" and name.endswith("/CURRENT") else "put"
 
         def effect(operations: tuple[Any, ...]) -> dict[str, str]:
             before = self.bucket.objects.get(name)
@@ -238,7 +235,7 @@ class Wire:
             self.bucket.put(name, body, operations)
             return {"e_tag": self.bucket.objects[name].etag}
 
-        answer: dict[str, str] = await self._request(kind, name, effect, conditional=True)
+        answer: dict[str, str] = await self._request("put", name, effect, conditional=True)
         return answer
 
     async def delete_async(self, wanted: Sequence[str]) -> None:

@@ -24,8 +24,9 @@ import engine.store.objects
 from engine.config import MaintenanceParams
 from engine.errors import Conflict, CorruptData, EngineError, InvalidRequest, NotFound, Unavailable
 from engine.format import names
+from engine.format.envelope import Kind, parse_header
 from engine.format.manifest import Manifest, decode_manifest
-from engine.format.markers import Alias, BuildProgress, read_marker
+from engine.format.markers import Alias, BuildProgress, Deletion, read_marker
 from engine.index import clock as clock_module
 from engine.index.reader import MAX_HEAD_AGE_S, Reader
 from engine.index.references import objects_of
@@ -59,7 +60,6 @@ class Life:
     id: str
     alive: bool = True
     confirmed: bool = True
-    revived: bool = False
     damage: str = ""
 
 
@@ -205,7 +205,7 @@ class World:
         index, _, rest = name.partition("/")
         try:
             if rest == names.CURRENT:
-                self._current_moves(index, before, after, operations)
+                self._current_moves(index, after, operations)
             elif index + "/" == names.aliases():
                 self._alias_moves(rest, before is None, read_marker(after.data, Alias, name=name).index, operations)
             elif before is not None and before.data != after.data:
@@ -218,8 +218,8 @@ class World:
         index, _, rest = name.partition("/")
         try:
             if rest == names.CURRENT:
-                self._index_ends(index, operations)
-            elif index + "/" == names.aliases():
+                raise Violation("removed", f"CURRENT of {index} was deleted by {[str(op) for op in operations]}")
+            if index + "/" == names.aliases():
                 self._alias_moves(rest, False, None, operations)
             elif name.startswith(names.builds(index)):
                 self._note_tidied(index, name, before)
@@ -252,7 +252,10 @@ class World:
             last.record.ended_tick, last.record.ended_s = self.tick, self.loop.now
         self.timeline[index].append(Entry(record, self.tick, self.loop.now))
 
-    def _current_moves(self, index: str, before: Stored | None, after: Stored, operations: tuple[Op, ...]) -> None:
+    def _current_moves(self, index: str, after: Stored, operations: tuple[Op, ...]) -> None:
+        if parse_header(after.data, name=names.current(index)).kind is Kind.DELETION:
+            self._index_ends(index, read_marker(after.data, Deletion, name=names.current(index)), operations)
+            return
         manifest = decode_manifest(after.data, name=names.current(index))
         asked = ", ".join(map(str, operations)) or "nobody"
         old = self.current(index)
@@ -274,7 +277,7 @@ class World:
             raise Violation(
                 "dangling", f"{index} generation {manifest.generation} names {missing[0]}, which is not there; asked for by {asked}"
             )
-        if not missing and not life.revived:
+        if not missing:
             self._compare(index, manifest, state, asked)
         record = Record(life, manifest, after.data, state, objects, self.tick, self.loop.now)
         self.records[life.id, manifest.generation] = record
@@ -295,7 +298,7 @@ class World:
         if manifest.created_s < old.manifest.created_s:
             raise Violation("succession", f"{index}: time ran backwards at generation {manifest.generation}")
         kept = self.bucket.objects.get(old.archive)
-        if (kept is None or kept.data != old.data) and not old.life.revived:
+        if kept is None or kept.data != old.data:
             raise Violation("archive", f"{index} generation {old.generation} was replaced and not kept")
 
     def _created(self, index: str, manifest: Manifest, operations: tuple[Op, ...]) -> tuple[State, Life]:
@@ -303,13 +306,7 @@ class World:
             raise Violation("phantom", f"{index} came into being for {[str(op) for op in operations]}")
         op = operations[0]
         if manifest.index_id in self.lives:
-            # The PUT of a create may be repeated by the store, or arrive late, after the index was deleted. S3 cannot tell.
-            op.applied[:] = [(manifest.index_id, manifest.generation)]
-            self.counts["indices made twice"] += 1
-            self.lives[manifest.index_id].damage = "made twice"
-            life = self.lives[manifest.index_id]
-            life.alive, life.revived = True, True
-            return self.records[life.id, 0].state, life
+            raise Violation("twice", f"{index} came back after it was deleted, by {op}")
         self._note_applied(op, manifest.index_id, manifest.generation, None)
         life = self.lives[manifest.index_id] = Life(index, manifest.index_id, confirmed=op.kind == "create")
         if op.kind == "create":
@@ -327,9 +324,7 @@ class World:
         if not matching:
             raise Violation("branch", f"{index} is a branch of nothing that {source} ever was")
         alike = [record for record in matching if record.manifest.config == manifest.config]  # of several lives that are empty
-        chosen = (alike or matching)[-1]
-        life.revived = chosen.life.revived
-        return chosen.state, life
+        return (alike or matching)[-1].state, life
 
     def _followed(self, old: Record, manifest: Manifest, operations: tuple[Op, ...]) -> State:
         """The model's word on what comes after `old`."""
@@ -401,13 +396,18 @@ class World:
                 _compare_vectors(found[number].tokens, self.vectors[doc.label], f"{where}: document {number}")
         self._seen_segments.update(segment.id for segment in new)
 
-    def _index_ends(self, index: str, operations: tuple[Op, ...]) -> None:
+    def _index_ends(self, index: str, deletion: Deletion, operations: tuple[Op, ...]) -> None:
         record = self.current(index)
-        assert record is not None
+        if record is None or (deletion.index_id, deletion.generation) != (record.life.id, record.generation):
+            raise Violation(
+                "succession", f"{index} was deleted as generation {deletion.generation} of {deletion.index_id}, which was not in force"
+            )
         if len(operations) != 1 or operations[0].kind not in ("drop", "branch") or operations[0].index != index:
             raise Violation("phantom", f"{index} was deleted by {[str(op) for op in operations]}")
         if operations[0].kind == "branch" and record.life.confirmed:
             raise Violation("phantom", f"{index} was withdrawn after it had been acknowledged, by {operations[0]}")
+        if any(generation < 0 for _, generation in operations[0].applied):
+            raise Violation("twice", f"{operations[0]} deleted {operations[0].applied} and now {record.life.id}")
         record.life.alive = False
         operations[0].applied.append((record.life.id, -1))
         self._turn(index, None)
@@ -442,7 +442,7 @@ class World:
 
     def is_protected(self, record: Record) -> str:
         """Why a generation must be readable now; empty if it need not."""
-        if not record.life.alive or record.life.revived:
+        if not record.life.alive:
             return ""
         if record.ended_s is None:
             return "is in force"
@@ -494,8 +494,7 @@ class World:
         try:
             self._judge(op, value, error)
         except Violation as violation:
-            if not self._is_about_revived(op):
-                self.fail(violation.kind, violation.message)
+            self.fail(violation.kind, violation.message)
         self.note(f"{op} ends: {op.outcome}")
 
     def _judge(self, op: Op, value: Any, error: BaseException | None) -> None:
@@ -523,9 +522,11 @@ class World:
             raise Violation("lost", f"{op} was acknowledged and is nowhere in the history")
         if op.kind == "branch":
             life = self.lives[op.applied[0][0]]
-            if life.damage and life.alive and not life.revived:
+            if life.damage and life.alive:
                 raise Violation("deleted", f"{op} was acknowledged: {life.damage}")
             life.confirmed = True
+        if op.kind == "drop":
+            self._check_dropped(op, value)
         if op.kind == "point" and op.results[-1] != value:
             raise Violation("answer", f"{op} was told {value}, but did {op.results[-1]}")
         if op.kind in ("add", "delete", "update", "configure"):
@@ -537,11 +538,19 @@ class World:
             ):
                 raise Violation("lost", f"{op} was acknowledged with {value}, but is nowhere in the history and was never without effect")
 
+    def _check_dropped(self, op: Op, existed: bool) -> None:
+        """What was there when the call began is gone, and the answer was true at a moment of the call."""
+        was = self.in_force(op.index, op.invoked_tick)
+        if was[0] is not None and was[0].life.alive:
+            raise Violation("lost", f"{op} was acknowledged, and {op.index} of {was[0].life.id} is still there")
+        if not any((record is not None) == existed for record in was):
+            raise Violation("answer", f"{op} was told that there was {'an' if existed else 'no'} index")
+
     def _judge_refusal(self, op: Op, error: EngineError) -> None:
         was = self.in_force(op.index, op.invoked_tick)
         ended = len({record and record.life.id for record in was}) > 1 or was[-1] is None
-        effects = [(life, generation) for life, generation in op.applied if generation >= 0 and self.lives[life].alive]
-        if op.kind in ("add", "build", "create", "rollback") and effects:
+        effects = [(life, generation) for life, generation in op.applied if generation < 0 or self.lives[life].alive]
+        if op.kind in ("add", "build", "create", "rollback", "drop") and effects:
             raise Violation("refused", f"{op} was answered with '{error}', but took effect at {effects}")
         if isinstance(error, CorruptData) and not ended and not self._source_ended(op):
             raise Violation("corrupt", f"{op}: {error}")
@@ -581,11 +590,6 @@ class World:
             return
         if all(record is not None and self.is_protected(record) for record in targets):
             raise Violation("refused", f"{op}: {error}; but it must be there, and nobody sweeps")
-
-    def _is_about_revived(self, op: Op) -> bool:
-        """Whether it has to do with an index that came back: two histories of one id get in each other's way."""
-        indices = [op.index, *([op.args["source"]] if "source" in op.args else [])]
-        return any(record is not None and record.life.revived for index in indices for record in self.in_force(index, op.invoked_tick))
 
     def _changed_lately(self, op: Op) -> bool:
         """Whether the index was another one as long ago as a writer may believe what it knew."""
@@ -630,7 +634,9 @@ class World:
         writer = engine.index.writer.Writer
         submit, commit_group = writer._submit, writer._commit_group
 
-        waiting: dict[int, tuple[Any, tuple[Op, ...]]] = {}  # an operation has no place for it and no hash; kept alive, so that its id is its own
+        waiting: dict[
+            int, tuple[Any, tuple[Op, ...]]
+        ] = {}  # an operation has no place for it and no hash; kept alive, so that its id is its own
 
         async def submit_for(self: Any, operation: Any) -> Any:
             waiting[id(operation)] = operation, asked_for()
