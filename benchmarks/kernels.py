@@ -16,10 +16,11 @@ from collections.abc import Callable
 import numpy as np
 
 from engine.scoring.arrays import Decoder, Postings, Records
+from engine.scoring.brute_force import maxsim
 from engine.scoring.candidates import probe, rank_documents
 from engine.scoring.centroid_scores import score_centroids
 from engine.scoring.forward import Forward, centroid_maxsim
-from engine.scoring.maxsim import ExactScorer, maxsim
+from engine.scoring.maxsim import ExactScorer
 from engine.scoring.selection import first_tokens
 
 N_CENTROIDS, N_DOCUMENTS, DOCUMENT_TOKENS, DOCUMENT_CODES = 8192, 5000, 160, 100

@@ -24,9 +24,10 @@ from rich.console import Console
 
 from benchmarks.scale import INDEX, Bench, Figures
 from benchmarks.scale import summary as summary_of
-from engine import fanout
 from engine.config import MaintenanceParams, SearchParams
 from engine.cost import Usage, prices
+from engine.fanout import messages
+from engine.fanout.plan import make_plan
 from engine.format import names
 from engine.format.manifest import Manifest, decode_manifest, encode_manifest
 from engine.index.plan import next_step
@@ -94,9 +95,9 @@ def fan_out_plan(wide: Manifest) -> Figures:
     """The plan of one search through the state machine: 16 query tokens, k = 100."""
     snapshot = Snapshot(Reader(open_store("memory://")), INDEX, wide)
     query = np.random.default_rng(0).standard_normal((16, wide.dim or 1)).astype(np.float32)
-    plan = fanout.make_plan(snapshot, query, SearchParams(k=100), StateMachine("", SHARD_BYTES))
+    plan = make_plan(snapshot, query, SearchParams(k=100), StateMachine("", SHARD_BYTES))
     return {
-        "plan_bytes": len(fanout.encode(plan)),
+        "plan_bytes": len(messages.encode(plan)),
         "shards": len(plan.shards),
         "segments_per_shard": max(len(shard.segments) for shard in plan.shards),
     }

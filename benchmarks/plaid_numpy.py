@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.collections import Vectors
-from engine.transfer.nextplaid import byte_weights
+from engine.transfer.nextplaid.index import byte_weights
 
 _ASSIGN_VALUES = 1 << 21
 """float32 values of a block's similarity table while assigning: 8 MiB, so that the pass for the maximum finds it in cache."""

@@ -55,7 +55,7 @@ class Answer(msgspec.Struct, frozen=True):
     rows     metadata of each hit, every column and `_subset_`; empty if not asked for
     keys     external id of each hit, or None; empty if rows were not asked for
     matches  per hit and query token the document token that answered it, if asked for
-    failed   parts of the index that were not searched, where the caller allowed that (engine/fanout.py): shard, error, cause
+    failed   parts of the index that were not searched, where the caller allowed that (engine/fanout/): shard, error, cause
     intervals  when the stages ran in this process (StageStats), for traces
     """
 
@@ -125,7 +125,7 @@ class Searcher:
         """Bring everything that a search of this snapshot needs into memory, as far as the budget goes."""
         await self._opener.open(snapshot, range(len(snapshot.segments)), None, "warm", 0)
 
-    # Parts of a search: some segments here, others elsewhere (engine/fanout.py)
+    # Parts of a search: some segments here, others elsewhere (engine/fanout/)
 
     async def rank_part(
         self,

@@ -1,4 +1,4 @@
-"""Who scores the shards of a search: a Step Functions state machine, or other servers of ours. Both are transports of engine/fanout.py.
+"""Who scores the shards of a search: a Step Functions state machine, or other servers of ours. Both are transports (engine/fanout/transport.py).
 
     StateMachine   infra/search.asl.json, Express: one synchronous execution a query. Retries are the machine's. Shards read cold, because nobody can choose
                    which Lambda process a shard meets, so its memory cannot be counted on
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine import fanout
 from engine.errors import CorruptData, EngineError, InvalidRequest, LimitExceeded, NotFound, Unavailable, UnsupportedFormat
-from engine.fanout import Failed, FanOut, Mode, Outcome, Plan, Ranked, Scored, Step
+from engine.fanout import messages
+from engine.fanout.messages import Failed, Mode, Outcome, Plan, Ranked, Scored, Step
+from engine.fanout.search import FanOut
+from engine.fanout.transport import run_steps
 from engine.searcher import Searcher
 from handler import tracing
 
@@ -35,6 +37,8 @@ PEER_TRIES = 3
 PEER_PAUSE_S = 0.2
 PEER_TIMEOUT_S = 60.0
 SHARD_PATH = "/internal/shard"
+_NONSENSE = (msgspec.MsgspecError, UnicodeError, RecursionError)
+"""What decoding arbitrary text as JSON may raise."""
 _KEY_HEADERS = ("authorization", "x-api-key")
 
 
@@ -59,7 +63,7 @@ def make_fan_out(searcher: Searcher, transport: StateMachine | Peers, settings: 
 class StateMachine:
     """Executions of an Express state machine. One client for the life of the process, made when first needed."""
 
-    max_state_bytes: int | None = fanout.STATE_BYTES
+    max_state_bytes: int | None = messages.STATE_BYTES
     mode: Mode = "cold"
 
     def __init__(self, arn: str, shard_bytes: int, endpoint: str = "") -> None:
@@ -72,7 +76,7 @@ class StateMachine:
     async def run(self, plan: Plan) -> list[Outcome]:
         client = await self._made_client()
         traced = msgspec.structs.replace(plan, job=msgspec.structs.replace(plan.job, trace=tracing.outgoing_headers()))
-        body = fanout.encode({"plan": traced}).decode()
+        body = messages.encode({"plan": traced}).decode()
         try:
             answer = await client.start_sync_execution(stateMachineArn=self.arn, input=body)
         except Exception as error:  # botocore's classes are made at run time
@@ -81,7 +85,7 @@ class StateMachine:
             ) from error
         if answer["status"] != "SUCCEEDED":
             raise failed_execution(answer.get("error", answer["status"]), answer.get("cause", ""))
-        return read_outcomes(msgspec.json.decode(answer["output"])["results"])
+        return _read_output(answer["output"])
 
     async def _made_client(self) -> Any:
         if self._client is None:
@@ -100,29 +104,44 @@ class StateMachine:
             await client.__aexit__(None, None, None)
 
 
+class _Output(msgspec.Struct):
+    """What an execution ends with."""
+
+    results: list[dict[str, Any]]
+
+
+def _read_output(output: str) -> list[Outcome]:
+    """Unavailable if it is not what shards say: nothing that whoever asked could mend."""
+    try:
+        return read_outcomes(msgspec.json.decode(output, type=_Output).results)
+    except (*_NONSENSE, InvalidRequest) as error:
+        why = str(error)[: messages.MAX_CAUSE]
+        raise Unavailable("the state machine answered something else than it was asked", code="shard-failed", why=why) from error
+
+
 def read_outcomes(items: Sequence[dict[str, Any]]) -> list[Outcome]:
     """Results as the machine gives them: hits, or what its Catch wrote down."""
-    return [read_failed(item) if "error" in item else fanout.read(item, Scored) for item in items]
+    return [read_failed(item) if "error" in item else messages.read(item, Scored) for item in items]
 
 
 def read_failed(item: dict[str, Any]) -> Failed:
     """The platform's account of a failed task; a Lambda's cause is JSON."""
     plain = {"shard": item.get("shard"), "segments": item.get("segments", ())}
-    failed: Failed = fanout.read({**plain, "error": str(item["error"]), "cause": _reason(str(item.get("cause", "")))}, Failed)
+    failed: Failed = messages.read({**plain, "error": str(item["error"]), "cause": _reason(str(item.get("cause", "")))}, Failed)
     return failed
 
 
 def failed_execution(error: str, cause: str) -> EngineError:
     """What a failed execution means to its caller: a task's own kind of failure where it is one of ours."""
-    kind, code, text = fanout.heard(error, _reason(cause))
+    kind, code, text = messages.heard(error, _reason(cause))
     return kind(text, code=code)
 
 
 def _reason(cause: str) -> str:
     try:
-        return str(msgspec.json.decode(cause)["errorMessage"])[: fanout.MAX_CAUSE]
-    except (msgspec.MsgspecError, TypeError, KeyError):
-        return cause[: fanout.MAX_CAUSE]
+        return str(msgspec.json.decode(cause)["errorMessage"])[: messages.MAX_CAUSE]
+    except (*_NONSENSE, TypeError, KeyError):
+        return cause[: messages.MAX_CAUSE]
 
 
 class Peers:
@@ -149,11 +168,11 @@ class Peers:
         return len(self.urls)
 
     async def run(self, plan: Plan) -> list[Outcome]:
-        return await fanout.run_steps(plan, self.ask)
+        return await run_steps(plan, self.ask)
 
     async def ask(self, step: Step) -> Ranked | Scored:
         """Have a step done by its server, or by the next ones if it fails as a server may (Unavailable)."""
-        body, last = fanout.encode(step), EngineError("")
+        body, last = messages.encode(step), EngineError("")
         for attempt in range(min(PEER_TRIES, max(2, len(self.urls)))):
             url = self.urls[(step.shard.number + attempt) % len(self.urls)]
             try:
@@ -173,11 +192,7 @@ class Peers:
             raise Unavailable("a peer did not answer", code="shard-failed", peer=url, why=f"{type(error).__name__} {error}") from error
         if answer.status_code != 200:
             raise _refused(url, answer.status_code, answer.content)
-        done = fanout.read(answer.content, ShardAnswer)
-        found = done.ranked if step.do == "rank" else done.scored
-        if found is None:
-            raise Unavailable("a peer answered something else than it was asked", code="shard-failed", peer=url)
-        return found
+        return _read_done(url, answer.content, step)
 
     def _client(self) -> httpx.AsyncClient:
         if not self._clients:
@@ -198,6 +213,18 @@ class ShardAnswer(msgspec.Struct, omit_defaults=True):
     scored: Scored | None = None
 
 
+def _read_done(url: str, content: bytes, step: Step) -> Ranked | Scored:
+    """What a peer did. Unavailable, so that the next one is asked, if it is something else: a page of a proxy, a server of another release."""
+    try:
+        done = messages.read(content, ShardAnswer)
+    except InvalidRequest as error:
+        raise Unavailable("a peer's answer does not read", code="shard-failed", peer=url, why=str(error)[: messages.MAX_CAUSE]) from error
+    found = done.ranked if step.do == "rank" else done.scored
+    if found is None or found.shard != step.shard.number:
+        raise Unavailable("a peer answered something else than it was asked", code="shard-failed", peer=url)
+    return found
+
+
 _REFUSALS: dict[str, type[EngineError]] = {
     "BAD_REQUEST": InvalidRequest,
     "DIMENSION_MISMATCH": InvalidRequest,
@@ -214,9 +241,9 @@ _ENGINE_CODES = {"GENERATION_NOT_FOUND": "generation-not-found", "INDEX_NOT_FOUN
 def _refused(url: str, status: int, content: bytes) -> EngineError:
     try:
         body = msgspec.json.decode(content, type=dict[str, Any])
-    except msgspec.MsgspecError:
+    except _NONSENSE:
         body = {}
-    code, message = str(body.get("code", "")), str(body.get("message", ""))[: fanout.MAX_CAUSE]
+    code, message = str(body.get("code", "")), str(body.get("message", ""))[: messages.MAX_CAUSE]
     facts: dict[str, Any] = {"peer": url, "status": status, "why": f"{code} {message}"}
     kind = _REFUSALS.get(code)
     if kind is None:

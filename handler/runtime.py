@@ -30,7 +30,7 @@ from handler.threads import Threads
 if TYPE_CHECKING:  # no numpy at module scope: lambda_http.py asks the store for CURRENT before it imports numpy
     from engine.encoding.batching import BatchingEncoder
     from engine.encoding.encoder import Encoder, ModelInfo
-    from engine.fanout import FanOut
+    from engine.fanout.search import FanOut
     from engine.format.manifest import Manifest
     from engine.index.aliases import Aliases
     from engine.index.reader import Reader

@@ -13,7 +13,7 @@ from handler.settings import LEXICAL_MODEL, Settings
 
 if TYPE_CHECKING:
     from engine.transfer.content import Background
-    from engine.transfer.vectors import Encode
+    from engine.transfer.text_lines import Encode
 
 
 async def document_encoder(settings: Settings, background: Background, pool_factor: int | None) -> tuple[Encode, str]:

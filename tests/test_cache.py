@@ -21,7 +21,8 @@ import pytest
 from engine.errors import NotFound, Unavailable
 from engine.store.base import Buffer, ObjectStore, Range
 from engine.store.cache import CachedStore
-from engine.store.extents import BLOCK_BYTES, ExtentCache
+from engine.store.extent_file import BLOCK_BYTES
+from engine.store.extents import ExtentCache
 from engine.store.wrappers import AroundStore, Call, CountingStore, DelayStore, FaultyStore
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
 from engine.metadata import condition, schema
-from engine.metadata.database import Database, build
+from engine.metadata.database import Database
+from engine.metadata.database_file import build
 
 ROWS: list[dict[str, Any]] = [
     {"title": "Alpha", "year": 2019, "score": 0.5, "open": True, "order": "a", "tags": ["x", "y"]},

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from corpus import Corpus, make_corpus
-from engine import fanout
 from engine.config import IndexConfig, MaintenanceParams, SearchParams
 from engine.errors import CorruptData, EngineError, InvalidRequest, LimitExceeded, NotFound, Unavailable
-from engine.fanout import FanOut, Mode, Outcome, Plan, Ranked, Scored, Step
+from engine.fanout import messages
+from engine.fanout.merge import merged
+from engine.fanout.messages import Mode, Outcome, Plan, Ranked, Scored, Step
+from engine.fanout.plan import _packed_query, cut, make_plan
+from engine.fanout.search import FanOut
+from engine.fanout.shard import score, take
+from engine.fanout.transport import run_steps
 from engine.index.commit import create
 from engine.index.compact import compact
 from engine.index.reader import Reader, Snapshot
@@ -49,15 +54,15 @@ class InProcess:
         return self.n_shards
 
     async def run(self, plan: Plan) -> list[Outcome]:
-        return await fanout.run_steps(fanout.read(fanout.encode(plan), Plan), self.ask)
+        return await run_steps(messages.read(messages.encode(plan), Plan), self.ask)
 
     async def ask(self, step: Step) -> Ranked | Scored:
         self.steps.append(step)
         if self.faults.get(step.shard.number):
             raise self.faults[step.shard.number].pop(0)
         searcher = self.searchers.setdefault(step.shard.number, Searcher(Reader(self.store)))
-        done = await fanout.take(searcher, fanout.read(fanout.encode(step), Step))
-        return fanout.read(fanout.encode(done), type(done))
+        done = await take(searcher, messages.read(messages.encode(step), Step))
+        return messages.read(messages.encode(done), type(done))
 
 
 async def mixed(corpus: Corpus = CORPUS) -> tuple[ObjectStore, Snapshot]:
@@ -139,7 +144,7 @@ async def test_small_segments_stay_with_the_large_one_whose_exact_stage_they_sha
         for n_shards in (1, 2, 5):
             for one, other in zip(expected, await fanned(store, snapshot, K10, "warm", n_shards, **options), strict=True):
                 same(one, other)
-    plan = fanout.make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 5))
+    plan = make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 5))
     assert sorted(shard.segments for shard in plan.shards) == [(0, 1, 2, 3), (4,)]
 
 
@@ -184,10 +189,10 @@ async def test_a_generation_stays_pinned_while_others_write() -> None:
 
 async def test_an_index_that_was_made_again_is_not_searched_for_its_former_self(index: tuple[ObjectStore, Snapshot]) -> None:
     store, snapshot = index
-    plan = fanout.make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 2))
+    plan = make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 2))
     stranger = msgspec.structs.replace(plan.job, life="0" * 26)
     with pytest.raises(NotFound) as failure:
-        await fanout.score(Searcher(Reader(store)), stranger, plan.shards[0], None)
+        await score(Searcher(Reader(store)), stranger, plan.shards[0], None)
     assert failure.value.code == "generation-not-found"
 
 
@@ -238,19 +243,19 @@ async def test_nothing_is_never_an_answer(index: tuple[ObjectStore, Snapshot]) -
     transport.faults = {0: [Unavailable("gone")], 1: [Unavailable("gone")]}
     with pytest.raises(EngineError):
         await FanOut(Searcher(Reader(store)), transport, min_bytes=0).search(snapshot, CORPUS.queries[:1], K10, allow_partial=True)
-    plan = fanout.make_plan(snapshot, CORPUS.queries[0], K10, transport)
-    scored = await fanout.score(Searcher(Reader(store)), plan.job, plan.shards[0], None)
+    plan = make_plan(snapshot, CORPUS.queries[0], K10, transport)
+    scored = await score(Searcher(Reader(store)), plan.job, plan.shards[0], None)
     with pytest.raises(Unavailable, match="shard=1"):
-        await fanout.merged(Searcher(Reader(store)), snapshot, plan, [scored])
+        await merged(Searcher(Reader(store)), snapshot, plan, [scored])
 
 
 async def test_a_step_done_twice_changes_nothing(index: tuple[ObjectStore, Snapshot]) -> None:
     store, snapshot = index
     transport = InProcess(store, 3)
-    plan = fanout.make_plan(snapshot, CORPUS.queries[0], K10, transport)
+    plan = make_plan(snapshot, CORPUS.queries[0], K10, transport)
     once, again = await transport.run(plan), await transport.run(plan)
     searcher = Searcher(Reader(store))
-    same(await fanout.merged(searcher, snapshot, plan, once), await fanout.merged(searcher, snapshot, plan, [*once, *again]))
+    same(await merged(searcher, snapshot, plan, once), await merged(searcher, snapshot, plan, [*once, *again]))
 
 
 # Plans and their size
@@ -258,17 +263,17 @@ async def test_a_step_done_twice_changes_nothing(index: tuple[ObjectStore, Snaps
 
 def test_segments_are_cut_by_bytes_and_a_small_new_one_moves_no_other() -> None:
     sizes = [90, 10, 50, 40, 40, 30, 20, 20]
-    shards = fanout.cut(sizes, 3)
+    shards = cut(sizes, 3)
     assert sorted(n for shard in shards for n in shard.segments) == list(range(8))
     assert max(shard.size_bytes for shard in shards) <= 110
     before = {n: shard.number for shard in shards for n in shard.segments}
-    after = {n: shard.number for shard in fanout.cut([*sizes, 5], 3) for n in shard.segments}
+    after = {n: shard.number for shard in cut([*sizes, 5], 3) for n in shard.segments}
     assert all(after[n] == number for n, number in before.items())
-    assert len(fanout.cut(sizes, 50)) == 8
+    assert len(cut(sizes, 50)) == 8
 
 
 class Machine(InProcess):
-    max_state_bytes = fanout.STATE_BYTES
+    max_state_bytes = messages.STATE_BYTES
 
 
 def _wide(snapshot: Snapshot, n_segments: int) -> Snapshot:
@@ -289,7 +294,7 @@ async def test_whatever_is_planned_fits_the_messages(
     query = np.random.default_rng(1).standard_normal((n_tokens, dim)).astype(np.float32)
     for mode in ("warm", "cold"):
         params = SearchParams(k=k, n_rerank=n_rerank)
-        plan = fanout.make_plan(_wide(snapshot, 400), query, params, Machine(store, 64, mode))
+        plan = make_plan(_wide(snapshot, 400), query, params, Machine(store, 64, mode))
         assert len(plan.shards) >= 2
         stats = await _largest_stats(index)
         scored = [
@@ -299,19 +304,19 @@ async def test_whatever_is_planned_fits_the_messages(
         ranked = [
             Ranked(shard=n, approximate=bytes(4 * (max(k, n_rerank) + 1)), exact=bytes(4 * k), stats=stats) for n in range(len(plan.shards))
         ]
-        largest = max(len(fanout.encode({"plan": plan, "results": results})) for results in (scored, ranked if plan.needs_ranking else []))
-        assert largest <= fanout.STATE_BYTES
+        largest = max(len(messages.encode({"plan": plan, "results": results})) for results in (scored, ranked if plan.needs_ranking else []))
+        assert largest <= messages.STATE_BYTES
         failed = [
-            fanout.Failed(shard=n, segments=shard.segments, error="Unavailable", cause="x" * fanout.MAX_CAUSE)
+            messages.Failed(shard=n, segments=shard.segments, error="Unavailable", cause="x" * messages.MAX_CAUSE)
             for n, shard in enumerate(plan.shards)
         ]
-        assert len(fanout.encode({"plan": plan, "results": failed})) <= fanout.STATE_BYTES
+        assert len(messages.encode({"plan": plan, "results": failed})) <= messages.STATE_BYTES
 
 
 async def _largest_stats(index: tuple[ObjectStore, Snapshot]):  # type: ignore[no-untyped-def]
     store, snapshot = index
-    plan = fanout.make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 1))
-    stats = (await fanout.score(Searcher(Reader(store)), plan.job, plan.shards[0], None)).stats
+    plan = make_plan(snapshot, CORPUS.queries[0], K10, InProcess(store, 1))
+    stats = (await score(Searcher(Reader(store)), plan.job, plan.shards[0], None)).stats
     stats.n_tokens_scored = stats.n_bytes = 10**15
     return stats
 
@@ -323,29 +328,29 @@ async def test_what_cannot_fit_is_refused_before_anything_is_sent(
     store, snapshot = index
     query = np.random.default_rng(1).standard_normal((n_tokens, dim)).astype(np.float32)
     with pytest.raises(LimitExceeded, match="limit_bytes=262144"):
-        fanout.make_plan(snapshot, query, SearchParams(k=k), Machine(store, 8))
+        make_plan(snapshot, query, SearchParams(k=k), Machine(store, 8))
 
 
 def test_a_query_of_half_precision_travels_as_such() -> None:
     query = np.random.default_rng(1).standard_normal((4, 8)).astype(np.float16)
-    job = fanout.Job(index="x", life="l", generation=1, query=query.tobytes(), query_type="f2", dim=8, params=K10, mode="cold")
-    assert np.array_equal(fanout.read(fanout.encode(job), fanout.Job).vectors(), query.astype(np.float32))
-    assert fanout._packed_query(query.astype(np.float32))[1] == "f2"
-    assert fanout._packed_query(np.array([[0.1]], np.float32))[1] == "f4"
+    job = messages.Job(index="x", life="l", generation=1, query=query.tobytes(), query_type="f2", dim=8, params=K10, mode="cold")
+    assert np.array_equal(messages.read(messages.encode(job), messages.Job).vectors(), query.astype(np.float32))
+    assert _packed_query(query.astype(np.float32))[1] == "f2"
+    assert _packed_query(np.array([[0.1]], np.float32))[1] == "f4"
 
 
 def test_a_large_subset_is_packed_small() -> None:
     ids = np.arange(0, 1_000_000, 2)
-    packed = fanout.pack_ids(ids)
+    packed = messages.pack_ids(ids)
     assert len(packed) < 20_000
-    assert np.array_equal(fanout.unpack_ids(packed), ids)
-    assert not len(fanout.unpack_ids(fanout.pack_ids(np.empty(0, np.int64))))
+    assert np.array_equal(messages.unpack_ids(packed), ids)
+    assert not len(messages.unpack_ids(messages.pack_ids(np.empty(0, np.int64))))
 
 
 def test_messages_are_read_strictly() -> None:
     for bad in (b"{}", b"[]", b'{"do": "erase"}', {"do": "score", "job": {}, "shard": {}}):
         with pytest.raises(InvalidRequest):
-            fanout.read(bad, Step)
+            messages.read(bad, Step)
     with pytest.raises(InvalidRequest):
-        fanout.unpack_ids(base64.b64decode("AAAA"))
-    assert re.fullmatch(r"\[store-unavailable\] gone object=x", fanout.told(Unavailable("gone", object="x")))
+        messages.unpack_ids(base64.b64decode("AAAA"))
+    assert re.fullmatch(r"\[store-unavailable\] gone object=x", messages.told(Unavailable("gone", object="x")))

@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine import fanout
-from engine.fanout import Plan
+from engine.config import SearchParams
+from engine.fanout import messages
+from engine.fanout.messages import Plan
+from engine.fanout.plan import make_plan
 from engine.index.reader import Snapshot
 from engine.store.base import ObjectStore
 from handler.app import create_app
@@ -135,8 +137,8 @@ async def test_peers_are_asked_with_the_callers_key_and_obey_its_pattern(index: 
     async with client:
         assert len(await results(client, BODIES["plain"], authorization=f"Bearer {keys['x'][0]}")) == 2
         assert arrived
-        plan = fanout.make_plan(snapshot, CORPUS.queries[0], fanout.SearchParams(k=3), InProcess(store, 1))
-        step = fanout.encode(fanout.Step(do="score", job=plan.job, shard=plan.shards[0]))
+        plan = make_plan(snapshot, CORPUS.queries[0], SearchParams(k=3), InProcess(store, 1))
+        step = messages.encode(messages.Step(do="score", job=plan.job, shard=plan.shards[0]))
         json_type = {"content-type": "application/json"}
         for key, status in ((keys["x"][0], 200), (keys["y"][0], 403), ("nonsense", 401)):
             answer = await client.post("/internal/shard", content=step, headers={"x-api-key": key, **json_type})
@@ -145,7 +147,7 @@ async def test_peers_are_asked_with_the_callers_key_and_obey_its_pattern(index: 
 
 async def test_peers_say_what_is_wrong_with_a_step(index: tuple[ObjectStore, Snapshot]) -> None:
     store, snapshot = index
-    plan = fanout.make_plan(snapshot, CORPUS.queries[0], fanout.SearchParams(k=3), InProcess(store, 1))
+    plan = make_plan(snapshot, CORPUS.queries[0], SearchParams(k=3), InProcess(store, 1))
     async with client_of(runtime_of(store)) as client:
         for change, status, code in (
             ({"generation": 999}, 404, "GENERATION_NOT_FOUND"),
@@ -154,7 +156,7 @@ async def test_peers_say_what_is_wrong_with_a_step(index: tuple[ObjectStore, Sna
             ({"dim": 7}, 400, "BAD_REQUEST"),
         ):
             job = msgspec.structs.replace(plan.job, **change)  # type: ignore[arg-type]
-            body = fanout.encode(fanout.Step(do="score", job=job, shard=plan.shards[0]))
+            body = messages.encode(messages.Step(do="score", job=job, shard=plan.shards[0]))
             answer = await client.post("/internal/shard", content=body, headers={"content-type": "application/json"})
             assert (answer.status_code, answer.json()["code"]) == (status, code)
 
@@ -173,8 +175,8 @@ class Executions:
         assert len(input) <= 256 << 10
         if self.failure is not None:
             return self.failure
-        outcomes = await self.process.run(fanout.read(fanout.plain(msgspec.json.decode(input)["plan"]), Plan))
-        return {"status": "SUCCEEDED", "output": fanout.encode({"results": outcomes}).decode()}
+        outcomes = await self.process.run(messages.read(messages.plain(msgspec.json.decode(input)["plan"]), Plan))
+        return {"status": "SUCCEEDED", "output": messages.encode({"results": outcomes}).decode()}
 
 
 def by_machine(store: ObjectStore, **more: Any) -> tuple[httpx.AsyncClient, Executions]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -105,6 +106,17 @@ def test_no_file_collects_strangers() -> None:
     assert not [
         path for path in sources("engine", "handler", "tests", "benchmarks") if path.stem in {"utils", "util", "helpers", "common", "misc"}
     ]
+
+
+def test_what_benchmarks_import_is_there() -> None:
+    """Nothing else runs or types all of them."""
+    for path in sources("benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("engine", "handler"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    is_module = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert hasattr(module, alias.name) or is_module, f"{path.name}:{node.lineno} {alias.name}"
 
 
 def test_every_error_code_that_is_raised_is_listed_and_in_the_manual() -> None:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest, Unavailable
-from engine.metadata import fts_query, keyword, schema
-from engine.metadata.database import Database, build
+from engine.metadata import bm25, fts_query, keyword_query, matching, schema
+from engine.metadata.database import Database
+from engine.metadata.database_file import build
 
 WORDS = {"unicode61": ["aa", "bb", "cc", "dd", "ab", "abc", "ca", "é", "x1"], "trigram": ["aab", "abc", "bca", "abcab", "ca", "b"]}
 RELATIVE = 2e-6  # scores are float32
@@ -38,12 +39,12 @@ def search(
     databases: Sequence[Database], text: str, live: np.ndarray | None = None, subset: np.ndarray | None = None, k: int | None = None
 ) -> dict[int, float]:
     """Ids and scores, best first; the masks are over ids."""
-    query = keyword.compile_query(text, databases[0].tokenizer)
+    query = keyword_query.compile_query(text, databases[0].tokenizer)
     parts = []
     for database in databases:
         mine = slice(database.base, database.base + database.n_documents)
-        parts.append(keyword.match(query, database, None if live is None else live[mine], None if subset is None else subset[mine]))
-    ranking = keyword.combine(query, parts, k)
+        parts.append(matching.match(query, database, None if live is None else live[mine], None if subset is None else subset[mine]))
+    ranking = bm25.combine(query, parts, k)
     assert ranking.scores.dtype == np.float32
     assert np.all(np.diff(ranking.scores) <= 0)
     for part, ordinal, found in zip(ranking.parts.tolist(), ranking.ordinals.tolist(), ranking.ids.tolist(), strict=True):
@@ -132,7 +133,7 @@ def test_rows_and_scores_are_those_of_one_fts5_table(tokenizer: str, odd: bool) 
         for _ in range(40):
             text = queries.query(odd)
             expected = table.search(text)
-            compiled = keyword.compile_query(text, tokenizer)
+            compiled = keyword_query.compile_query(text, tokenizer)
             assert compiled.rewritten == (expected is None), text
             if expected is None:
                 continue
@@ -184,7 +185,7 @@ def test_a_keyword_query_scores_the_same_however_documents_are_cut_and_with_dele
     whole, pieces = segments(texts, []), segments(texts, cuts)
     assert search(pieces, text, live) == pytest.approx(search(whole, text, live), rel=1e-6)
     expected = OneTable(texts, "unicode61", live)
-    compiled = keyword.compile_query(text)
+    compiled = keyword_query.compile_query(text)
     assert search(pieces, text, live) == pytest.approx(expected.search(compiled.text), rel=RELATIVE)
     expected.sqlite.close()
     for database in (*whole, *pieces):
@@ -230,12 +231,12 @@ def test_segments_without_metadata_count_as_documents_without_words() -> None:
     texts = ["red", "red blue", "", "", ""]
     table = OneTable(texts, "unicode61")
     databases = segments(texts[:2], [])
-    query = keyword.compile_query("red OR blue")
-    ranking = keyword.combine(query, [keyword.match(query, databases[0]), keyword.match_nothing(query, 3)])
+    query = keyword_query.compile_query("red OR blue")
+    ranking = bm25.combine(query, [matching.match(query, databases[0]), matching.match_nothing(query, 3)])
     expected = table.search("red OR blue")
     assert dict(zip(ranking.ids.tolist(), ranking.scores.tolist(), strict=True)) == pytest.approx(expected, rel=RELATIVE)
-    assert keyword.combine(query, []).ids.size == 0
-    assert keyword.combine(query, [keyword.match_nothing(query, 3)]).ids.size == 0
+    assert bm25.combine(query, []).ids.size == 0
+    assert bm25.combine(query, [matching.match_nothing(query, 3)]).ids.size == 0
     table.sqlite.close()
     databases[0].close()
 
@@ -258,7 +259,7 @@ def test_segments_without_metadata_count_as_documents_without_words() -> None:
     ],
 )
 def test_what_fts5_refuses_is_tried_as_quoted_words(text: str, match: str) -> None:
-    query = keyword.compile_query(text)
+    query = keyword_query.compile_query(text)
     assert query.rewritten
     assert query.text == match
 
@@ -267,7 +268,7 @@ def test_what_fts5_refuses_is_tried_as_quoted_words(text: str, match: str) -> No
     "text", ["red", "red blue", "red OR blue", 'NEAR("red" blue, 3)', "re*", "^red", "_fts_content_ : red", "(a AND b) NOT c", "été"]
 )
 def test_what_fts5_takes_is_left_as_it_is(text: str) -> None:
-    query = keyword.compile_query(text)
+    query = keyword_query.compile_query(text)
     assert not query.rewritten
     assert query.text == text
 
@@ -284,26 +285,26 @@ def test_a_query_without_words_matches_nothing(text: str) -> None:
 def test_any_text_is_a_query(text: str) -> None:
     databases = segments(["a b ab", "b"], [1])
     for database in databases:
-        keyword.match(keyword.compile_query(text), database)
+        matching.match(keyword_query.compile_query(text), database)
         database.close()
 
 
 def test_queries_beyond_the_limits_are_refused() -> None:
-    for text in ("x" * (keyword.MAX_QUERY_CHARS + 1), "a " * (keyword.MAX_PHRASES + 1)):
+    for text in ("x" * (keyword_query.MAX_QUERY_CHARS + 1), "a " * (keyword_query.MAX_PHRASES + 1)):
         with pytest.raises(InvalidRequest):
-            keyword.compile_query(text)
+            keyword_query.compile_query(text)
     for text in ("(" * 4000 + "a" + ")" * 4000, " OR ".join(["a"] * 256), " NOT ".join(["a"] * 256)):
-        assert keyword.compile_query(text).phrases
+        assert keyword_query.compile_query(text).phrases
     with pytest.raises(InvalidRequest):
-        keyword.compile_query("a", "porter")
+        keyword_query.compile_query("a", "porter")
     with pytest.raises(InvalidRequest):
-        keyword.compile_query(5)  # type: ignore[arg-type]
+        keyword_query.compile_query(5)  # type: ignore[arg-type]
 
 
 def test_a_query_for_another_tokenizer_is_refused() -> None:
     databases = segments(["red"], [])
     with pytest.raises(InvalidRequest):
-        keyword.match(keyword.compile_query("red", "trigram"), databases[0])
+        matching.match(keyword_query.compile_query("red", "trigram"), databases[0])
     databases[0].close()
 
 
@@ -338,7 +339,7 @@ def test_frequencies_that_cannot_be_inverted_are_counted_from_positions(monkeypa
     databases = segments(texts, [10])
     queries = ["aa", "aa OR bb", '"aa bb" OR ab*', "^aa", "aa + b*"]
     inverted = [search(databases, text) for text in queries]
-    monkeypatch.setattr(keyword, "_ROUNDING", -1.0)
+    monkeypatch.setattr(matching, "_ROUNDING", -1.0)
     assert [search(databases, text) for text in queries] == inverted
     for database in databases:
         database.close()
@@ -347,7 +348,7 @@ def test_frequencies_that_cannot_be_inverted_are_counted_from_positions(monkeypa
 def test_a_keyword_query_has_a_deadline() -> None:
     databases = segments(["red"], [])
     with databases[0].asking(5), pytest.raises(Unavailable) as caught:
-        keyword.match(keyword.compile_query("red"), databases[0], timeout_s=0.01)
+        matching.match(keyword_query.compile_query("red"), databases[0], timeout_s=0.01)
     assert caught.value.code == "timeout"
     databases[0].close()
 

@@ -19,7 +19,9 @@ from engine.index.commit import create
 from engine.index.reader import Reader
 from engine.searcher import Searcher
 from engine.store.objects import open_store
-from engine.transfer.nextplaid import PlaidIndex, PlaidSource, byte_weights, read
+from engine.transfer.nextplaid.index import PlaidIndex, byte_weights
+from engine.transfer.nextplaid.opening import read
+from engine.transfer.nextplaid.source import PlaidSource
 
 DIM = 16
 CENTROIDS = 12

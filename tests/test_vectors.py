@@ -16,8 +16,12 @@ from engine.encoding.hashing import LexicalEncoder
 from engine.errors import Conflict, InvalidRequest, NotFound
 from engine.store.base import ObjectStore
 from engine.transfer import content as contents
+from engine.transfer.arrays import open_npy
 from engine.transfer.content import Background, FileContent, ObjectContent, fingerprint, lines
-from engine.transfer.vectors import TextLines, VectorLines, kind_of, open_npy, open_npz
+from engine.transfer.input_kind import kind_of
+from engine.transfer.npz import open_npz
+from engine.transfer.text_lines import TextLines
+from engine.transfer.vector_lines import VectorLines
 
 CORPUS = make_corpus(120, 16)
 LENGTHS = np.diff(CORPUS.offsets)
@@ -65,7 +69,7 @@ KINDS = ["npy", "npy float16", "npy float64, big-endian", "npz", "npz, compresse
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_gives_the_same_documents_from_any_document_on(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.transfer.vectors.BLOCK_TOKENS", 200)
+    monkeypatch.setattr("engine.transfer.blocks.BLOCK_TOKENS", 200)
     source = source_of(kind, tmp_path)
     assert (source.n_documents, source.n_tokens) == (len(CORPUS), len(CORPUS.tokens))
     for first in (0, 1, 77, len(CORPUS)):

@@ -187,9 +187,9 @@ def _with_metadata(
     """Add the SQLite file if a document has fields. sqlite3 is imported only here, and only then."""
     if rows is None or not columns:
         return NewSegment(written.ref, written.data, None, ids)
-    from engine.metadata import database
+    from engine.metadata import database_file
 
-    metadata = database.build(
+    metadata = database_file.build(
         [cast("Mapping[str, Value]", row or {}) for row in rows],
         column_pairs(columns),
         ids,

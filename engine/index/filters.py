@@ -13,8 +13,10 @@ import numpy as np
 from engine.format.manifest import SegmentRef
 from engine.index.build import column_pairs
 from engine.index.reader import Snapshot
+from engine.metadata.bm25 import Matches, combine
 from engine.metadata.condition import Condition, parse
-from engine.metadata.keyword import KeywordQuery, Matches, combine, compile_query, match, match_nothing
+from engine.metadata.keyword_query import KeywordQuery, compile_query
+from engine.metadata.matching import match, match_nothing
 
 SEGMENTS_AT_ONCE = 32
 """A segment's SQLite file may be many megabytes, and the memory budget counts only what has been loaded."""

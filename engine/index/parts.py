@@ -328,7 +328,7 @@ class Parts:
 
         tokenizer  of the index, for a segment that has no metadata but patches
         """
-        from engine.metadata import database
+        from engine.metadata import database, database_file
 
         pairs = column_pairs(columns)
 
@@ -336,7 +336,7 @@ class Parts:
             patches = await self.patches(index, segment)
             if segment.metadata is None:
                 stored_ids = await self.ids(index, segment) - segment.base
-                source: bytes | str = await self.compute(database.empty, stored_ids, tokenizer)
+                source: bytes | str = await self.compute(database_file.empty, stored_ids, tokenizer)
             else:
                 source = await self._database_source(index, segment, segment.metadata)
             size_bytes = len(source) if isinstance(source, bytes) else 0
@@ -474,7 +474,7 @@ def decoder_of(codec: Codec) -> Decoder:
 
 
 def _read_hot(reader: QuantisedReader, data: Buffer) -> Hot:
-    sections = reader.cut(data, reader.hot_range[0])
+    sections = reader.cut_hot(data)
     stored = reader.postings(sections[Section.POSTINGS], verify=False)
     postings = Postings(stored.offsets, stored.ordinals)
     return Hot(

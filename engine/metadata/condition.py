@@ -18,7 +18,7 @@ The SQL is made from the tree: operators and column names come from our own tabl
 user into SQL. While parsing, NOT is pushed down to the comparisons (De Morgan's laws hold in three-valued logic) and chains of one
 operator are made flat; then each level costs SQLite's parser one stack entry, of which it has 100.
 
-Called by database.py and the routes; imports no sqlite3 and evaluates nothing, but tests and keeps the patterns of REGEXP.
+Called by database.py, connection.py and the routes; imports no sqlite3 and evaluates nothing, but tests and keeps the patterns of REGEXP.
 """
 
 from __future__ import annotations

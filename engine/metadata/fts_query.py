@@ -1,5 +1,5 @@
 """The query language of SQLite's FTS5, as a tree (sqlite.org/fts5.html, 3). SQLite stays the judge of what is a query and where a phrase
-occurs; keyword.py needs the tree to know which phrases a query has, which rows match and which phrases count in which row.
+occurs; keyword_query.py needs the tree to know which phrases a query has, which rows match and which phrases count in which row.
 
     expr     := and_expr { OR and_expr }          and_expr := not_expr { AND not_expr }          not_expr := primary { NOT primary }
     primary  := [colset :] "(" expr ")" | nearset { nearset }                   nearsets side by side: implicit AND

@@ -1,6 +1,6 @@
 """The bytes of an input: a local file or an object of a store, read by ranges; and the lines of a text.
 
-Sources (vectors.py) read through this, so that they do not care where their input lies. Nothing is mapped: mapped pages would count as
+Sources (input_kind.py has the list) read through this, so that they do not care where their input lies. Nothing is mapped: mapped pages would count as
 this process's memory, and a file cut short meanwhile would kill it. The interface waits, because a Source does (engine/index/bulk.py);
 what is asynchronous underneath runs on an event loop of its own, Background.
 """

@@ -1,6 +1,6 @@
 """Many inputs as one build: what lies under a prefix, which source each is, and a sample of all.
 
-    name.jsonl              vectors or texts, see vectors.py
+    name.jsonl              vectors or texts, see input_kind.py
     name.npz                arrays `tokens` and `doclens`; optionally name.fields.jsonl and name.ids.txt
     name.npy                array of tokens, with name.doclens.npy (or name.lengths.npy); optionally fields and ids as above
 
@@ -20,9 +20,12 @@ from engine.errors import Conflict, InvalidRequest, LimitExceeded
 from engine.index.bulk import Block, Source
 from engine.index.joint import MAX_INPUTS
 from engine.store.base import Listed, ObjectStore
-from engine.transfer import vectors
+from engine.transfer.arrays import open_npy
 from engine.transfer.content import Content
-from engine.transfer.vectors import Encode
+from engine.transfer.input_kind import kind_of
+from engine.transfer.npz import open_npz
+from engine.transfer.text_lines import Encode, TextLines
+from engine.transfer.vector_lines import VectorLines
 
 LENGTHS = (".doclens.npy", ".lengths.npy")
 FIELDS, KEYS = ".fields.jsonl", ".ids.txt"
@@ -95,17 +98,17 @@ def open_input(
     """
     opened = content(one.name)
     lengths, fields, keys = (None if name is None else content(name) for name in (one.lengths, one.fields, one.keys))
-    kind = vectors.kind_of(opened)
+    kind = kind_of(opened)
     if kind == "npy":
         assert lengths is not None
-        return vectors.open_npy(opened, lengths, fields=fields, keys=keys, without=without)
+        return open_npy(opened, lengths, fields=fields, keys=keys, without=without)
     if kind == "npz":
-        return vectors.open_npz(opened, fields=fields, keys=keys, without=without)
+        return open_npz(opened, fields=fields, keys=keys, without=without)
     if kind == "vectors":
-        return vectors.VectorLines(opened, without=without)
+        return VectorLines(opened, without=without)
     if encode is None:
         raise InvalidRequest("texts need an encoder", object=opened.label)
-    return vectors.TextLines(opened, encode, encoder=encoder, without=without)
+    return TextLines(opened, encode, encoder=encoder, without=without)
 
 
 def sampled_of(inputs: Sequence[Input]) -> list[Input]:

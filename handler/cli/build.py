@@ -127,14 +127,15 @@ def import_(
     async def work(session: Session) -> Output:
         import msgspec
 
-        from engine.transfer import nextplaid
+        from engine.transfer.nextplaid.opening import read
+        from engine.transfer.nextplaid.source import PlaidSource
 
         wanted = name or _name_of(directory)
         with Reporter() as report:
             report("check", 0, 0)
-            plaid = await asyncio.to_thread(nextplaid.read, directory)
+            plaid = await asyncio.to_thread(read, directory)
             config = plaid.config if nbits is None else msgspec.structs.replace(plaid.config, nbits=nbits)
-            source = nextplaid.PlaidSource(plaid, without=without or ())
+            source = PlaidSource(plaid, without=without or ())
             output = await _build(session, wanted, source, config, (nbits, None), segment_documents, compact, report)
         return _with_notes(output, plaid.notes)
 
@@ -189,30 +190,33 @@ async def _source(
     session: Session, background: Background, opened: list[Content | None], pool_factor: int | None, without: tuple[str, ...] | list[str]
 ) -> Source:
     """The source that the first content is, with what the others add to it."""
-    from engine.transfer import vectors
+    from engine.transfer.arrays import open_npy
+    from engine.transfer.input_kind import kind_of
+    from engine.transfer.npz import open_npz
+    from engine.transfer.vector_lines import VectorLines
 
     content, lengths, fields, ids = opened
     assert content is not None
-    kind = await asyncio.to_thread(vectors.kind_of, content)
+    kind = await asyncio.to_thread(kind_of, content)
     if kind != "npy" and lengths is not None:
         usage("--lengths goes with an .npy array")
     if kind == "npy":
         if lengths is None:
             usage("an .npy array of tokens needs --lengths, the number of tokens of each document")
-        return await asyncio.to_thread(vectors.open_npy, content, lengths, fields=fields, keys=ids, without=without)
+        return await asyncio.to_thread(open_npy, content, lengths, fields=fields, keys=ids, without=without)
     if kind == "npz":
-        return await asyncio.to_thread(vectors.open_npz, content, fields=fields, keys=ids, without=without)
+        return await asyncio.to_thread(open_npz, content, fields=fields, keys=ids, without=without)
     if fields is not None or ids is not None:
         usage("--fields and --ids go with arrays; in JSON lines they stand in the line")
     if kind == "vectors":
-        return await asyncio.to_thread(vectors.VectorLines, content, without=without)
+        return await asyncio.to_thread(VectorLines, content, without=without)
     return await _texts(session, background, content, pool_factor, without)
 
 
 async def _texts(
     session: Session, background: Background, content: Content, pool_factor: int | None, without: tuple[str, ...] | list[str]
 ) -> Source:
-    from engine.transfer.vectors import TextLines
+    from engine.transfer.text_lines import TextLines
     from handler.texts import document_encoder
 
     encode, named = await document_encoder(session.runtime.settings, background, pool_factor)

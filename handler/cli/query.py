@@ -185,7 +185,7 @@ def _query_vectors(path: str) -> np.ndarray:
     from engine.config import MAX_QUERY_TOKENS
     from engine.errors import InvalidRequest
     from engine.transfer.content import FileContent
-    from engine.transfer.vectors import NpyArray
+    from engine.transfer.npy import NpyArray
 
     array = NpyArray.open(FileContent(path))
     if len(array.shape) != 2 or array.dtype.kind != "f" or not 1 <= array.shape[0] <= MAX_QUERY_TOKENS:

@@ -12,29 +12,33 @@ import numpy as np
 
 from engine.errors import NotFound
 from engine.index.reader import Snapshot
-from handler import tracing, wire
+from handler import tracing
 from handler.problems import Problem, bad_request, index_not_declared, index_not_found
 from handler.routes.encoding import encode_documents
 from handler.routes.endpoint import Call, Endpoint, Reply
 from handler.routes.search import selected
+from handler.wire.answers import Row
+from handler.wire.matrices import check_dimensions, document_arrays, joined, matrix
+from handler.wire.requests import DeleteRequest, UpdateRequest, UpdateTextsRequest
+from handler.wire.translation import metadata_rows
 
 IDS_HEADER = "X-Tartan-Document-Ids"
 
 
 async def update(call: Call) -> Reply:
     """Add documents given as vectors to a declared index."""
-    body: wire.UpdateRequest = call.body
+    body: UpdateRequest = call.body
     snapshot = await declared(call)
-    matrices = await call.compute(lambda: wire.document_arrays(body.documents))
+    matrices = await call.compute(lambda: document_arrays(body.documents))
     rows = checked_rows(body.metadata, body.ids, len(matrices))
     snapshot = await _fitting(call, snapshot, matrices)
-    tokens, offsets = await call.compute(lambda: wire.joined(matrices))
+    tokens, offsets = await call.compute(lambda: joined(matrices))
     return await _add(call, snapshot, tokens, offsets, rows, body.ids)
 
 
 async def update_texts(call: Call) -> Reply:
     """Add documents given as texts; they are encoded before anything is written."""
-    body: wire.UpdateTextsRequest = call.body
+    body: UpdateTextsRequest = call.body
     snapshot = await declared(call)
     rows = checked_rows(body.metadata, body.ids, len(body.documents))
     tokens, offsets = await encode_documents(call, body.documents, body.pool_factor)
@@ -43,16 +47,16 @@ async def update_texts(call: Call) -> Reply:
 
 async def add_documents(call: Call) -> Reply:
     """The older way to add: the index must hold documents already."""
-    body: wire.UpdateRequest = call.body
+    body: UpdateRequest = call.body
     rows = checked_rows(body.metadata, body.ids, len(body.documents))
     snapshot = await call.checked_snapshot(lambda found: found.dim is not None)
     if snapshot.dim is None:
         raise index_not_found(call.name)
-    first = wire.matrix(body.documents[0], "document 0")
+    first = matrix(body.documents[0], "document 0")
     snapshot = await _fitting(call, snapshot, [first])
-    matrices = await call.compute(lambda: wire.document_arrays(body.documents))
-    wire.check_dimensions(matrices, snapshot.dim)
-    tokens, offsets = await call.compute(lambda: wire.joined(matrices))
+    matrices = await call.compute(lambda: document_arrays(body.documents))
+    check_dimensions(matrices, snapshot.dim)
+    tokens, offsets = await call.compute(lambda: joined(matrices))
     return await _add(call, snapshot, tokens, offsets, rows, body.ids)
 
 
@@ -65,27 +69,27 @@ async def declared(call: Call) -> Snapshot:
         raise
 
 
-def checked_rows(metadata: Any, ids: Sequence[str] | None, n_documents: int) -> list[wire.Row] | None:
+def checked_rows(metadata: Any, ids: Sequence[str] | None, n_documents: int) -> list[Row] | None:
     if not n_documents:
         raise bad_request("documents is empty")
     if ids is not None and len(ids) != n_documents:
         raise bad_request(f"ids has {len(ids)} entries for {n_documents} documents")
-    return wire.metadata_rows(metadata, n_documents)
+    return metadata_rows(metadata, n_documents)
 
 
 async def _fitting(call: Call, snapshot: Snapshot, matrices: Sequence[np.ndarray]) -> Snapshot:
     """The snapshot that the vectors fit; what seems not to fit an older one is held against CURRENT before it is refused."""
     try:
-        wire.check_dimensions(matrices, snapshot.dim)
+        check_dimensions(matrices, snapshot.dim)
         return snapshot
     except Problem:
         snapshot = await call.snapshot()
-        wire.check_dimensions(matrices, snapshot.dim)
+        check_dimensions(matrices, snapshot.dim)
         return snapshot
 
 
 async def _add(
-    call: Call, snapshot: Snapshot, tokens: np.ndarray, offsets: np.ndarray, rows: list[wire.Row] | None, keys: Sequence[str] | None
+    call: Call, snapshot: Snapshot, tokens: np.ndarray, offsets: np.ndarray, rows: list[Row] | None, keys: Sequence[str] | None
 ) -> Reply:
     try:
         with tracing.stage("commit"):
@@ -111,7 +115,7 @@ def _note_head(call: Call, index: str) -> None:
 
 
 async def delete_documents(call: Call) -> Reply:
-    body: wire.DeleteRequest = call.body
+    body: DeleteRequest = call.body
     if not body.condition:
         raise bad_request("condition is empty")
     snapshot = await call.filled_snapshot()
@@ -142,7 +146,7 @@ ENDPOINTS = (
         name="update",
         handle=update,
         summary="Add documents as vectors",
-        body=wire.UpdateRequest,
+        body=UpdateRequest,
         request_example={"documents": _DOCUMENTS, "metadata": [{"title": "weft"}]},
         answer_example=_ADDED,
         errors=("INDEX_NOT_DECLARED", "DIMENSION_MISMATCH", "CONFLICT"),
@@ -155,7 +159,7 @@ ENDPOINTS = (
         name="update_with_encoding",
         handle=update_texts,
         summary="Add documents as texts, which the server encodes",
-        body=wire.UpdateTextsRequest,
+        body=UpdateTextsRequest,
         request_example={"documents": ["a plain weave"], "metadata": [{"title": "weft"}]},
         answer_example=_ADDED,
         errors=("INDEX_NOT_DECLARED", "DIMENSION_MISMATCH", "MODEL_NOT_LOADED", "MODEL_ERROR", "CONFLICT"),
@@ -168,7 +172,7 @@ ENDPOINTS = (
         name="add_documents",
         handle=add_documents,
         summary="Add documents as vectors to an index that holds some",
-        body=wire.UpdateRequest,
+        body=UpdateRequest,
         request_example={"documents": _DOCUMENTS, "metadata": [{"title": "weft"}]},
         answer_example=_ADDED,
         errors=("INDEX_NOT_FOUND", "DIMENSION_MISMATCH", "CONFLICT"),
@@ -182,7 +186,7 @@ ENDPOINTS = (
         name="delete_documents",
         handle=delete_documents,
         summary="Delete the documents that meet a condition",
-        body=wire.DeleteRequest,
+        body=DeleteRequest,
         request_example={"condition": "year < ?", "parameters": [1990]},
         answer_example="delete committed: 3 documents deleted, nothing is left queued",
         errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "CONFLICT"),

@@ -11,9 +11,12 @@ import numpy as np
 
 from engine.errors import EngineError, Unavailable
 from engine.scoring.brute_force import maxsim
-from handler import tracing, wire
+from handler import tracing
 from handler.problems import Problem, bad_request, model_not_loaded, shown
 from handler.routes.endpoint import Call, Endpoint, Reply
+from handler.wire.answers import Encoded, Reranked, RerankLine
+from handler.wire.matrices import check_dimensions, document_arrays, joined, query_matrix
+from handler.wire.requests import EncodeRequest, RerankRequest, RerankTextsRequest, Vectors
 
 
 async def encode_queries(call: Call, texts: Sequence[str]) -> list[np.ndarray]:
@@ -51,7 +54,7 @@ def _pieces(encoded: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
 
 
 async def encode(call: Call) -> Reply:
-    body: wire.EncodeRequest = call.body
+    body: EncodeRequest = call.body
     if not body.texts:
         raise bad_request("texts is empty")
     if body.input_type == "query":
@@ -61,26 +64,26 @@ async def encode(call: Call) -> Reply:
     if call.headers.get("x-embeddings-format", "").strip().lower() == "base64":
         texts = [base64.b64encode(np.ascontiguousarray(matrix, "<f4").data).decode() for matrix in matrices]
         shapes = [(int(matrix.shape[0]), int(matrix.shape[1])) for matrix in matrices]
-        return Reply(wire.Encoded(len(matrices), embeddings_b64=texts, shapes=shapes))
-    return Reply(wire.Encoded(len(matrices), embeddings=[matrix.tolist() for matrix in matrices]))
+        return Reply(Encoded(len(matrices), embeddings_b64=texts, shapes=shapes))
+    return Reply(Encoded(len(matrices), embeddings=[matrix.tolist() for matrix in matrices]))
 
 
 async def rerank(call: Call) -> Reply:
-    body: wire.RerankRequest = call.body
+    body: RerankRequest = call.body
     if not body.documents:
         raise bad_request("documents is empty")
-    query_item = wire.Vectors(embeddings=body.query, embeddings_b64=body.query_b64, shape=body.query_shape)
+    query_item = Vectors(embeddings=body.query, embeddings_b64=body.query_b64, shape=body.query_shape)
 
     def read() -> tuple[np.ndarray, list[np.ndarray]]:
-        return wire.query_matrix(query_item, "query"), wire.document_arrays(body.documents)
+        return query_matrix(query_item, "query"), document_arrays(body.documents)
 
     query, documents = await call.compute(read)
-    wire.check_dimensions(documents, query.shape[1])
-    return await _ranked(call, query, *wire.joined(documents))
+    check_dimensions(documents, query.shape[1])
+    return await _ranked(call, query, *joined(documents))
 
 
 async def rerank_texts(call: Call) -> Reply:
-    body: wire.RerankTextsRequest = call.body
+    body: RerankTextsRequest = call.body
     if not body.query:
         raise bad_request("query is empty")
     if not body.documents:
@@ -100,8 +103,8 @@ async def _ranked(call: Call, query: np.ndarray, tokens: np.ndarray, offsets: np
     if not np.isfinite(scores).all():
         raise bad_request("a score is not finite: the vectors are too large")
     order = np.argsort(-scores, kind="stable")
-    lines = [wire.RerankLine(index, score) for index, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
-    return Reply(wire.Reranked(lines, len(lines)))
+    lines = [RerankLine(index, score) for index, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
+    return Reply(Reranked(lines, len(lines)))
 
 
 _RERANKED = {"results": [{"index": 1, "score": 1.9}, {"index": 0, "score": 0.7}], "num_documents": 2}
@@ -113,8 +116,8 @@ ENDPOINTS = (
         name="encode",
         handle=encode,
         summary="Encode texts to token vectors",
-        body=wire.EncodeRequest,
-        answer=wire.Encoded,
+        body=EncodeRequest,
+        answer=Encoded,
         request_example={"texts": ["plain weave"], "input_type": "query"},
         answer_example={"embeddings": [[[0.1, 0.2], [0.3, 0.4]]], "num_texts": 1},
         errors=("MODEL_NOT_LOADED", "MODEL_ERROR"),
@@ -126,8 +129,8 @@ ENDPOINTS = (
         name="rerank",
         handle=rerank,
         summary="Score documents given as vectors against a query",
-        body=wire.RerankRequest,
-        answer=wire.Reranked,
+        body=RerankRequest,
+        answer=Reranked,
         request_example={"query": [[1.0, 0.0]], "documents": [{"embeddings": [[0.7, 0.7]]}, {"embeddings": [[1.0, 0.0]]}]},
         answer_example=_RERANKED,
         errors=("DIMENSION_MISMATCH",),
@@ -138,8 +141,8 @@ ENDPOINTS = (
         name="rerank_with_encoding",
         handle=rerank_texts,
         summary="Score texts against a query text",
-        body=wire.RerankTextsRequest,
-        answer=wire.Reranked,
+        body=RerankTextsRequest,
+        answer=Reranked,
         request_example={"query": "plain weave", "documents": ["twill", "tabby"]},
         answer_example=_RERANKED,
         errors=("MODEL_NOT_LOADED", "MODEL_ERROR"),

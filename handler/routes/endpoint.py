@@ -26,7 +26,7 @@ from handler.observed import store_usd
 from handler.problems import Problem, index_not_found, problem_of, read_only
 from handler.routes.limits import Limits
 from handler.runtime import Runtime
-from handler.wire import encode, read_body
+from handler.wire.bodies import encode, read_body
 
 T = TypeVar("T")
 JSON = "application/json"

@@ -16,9 +16,12 @@ from engine.evaluate import Exhaustive, recall_at_k
 from engine.index import snapshots
 from engine.index.reader import Snapshot
 from engine.transfer.export import blocks, json_lines
-from handler import wire
 from handler.problems import Problem, bad_request, index_not_found
 from handler.routes.endpoint import Call, Endpoint, Reply
+from handler.wire.answers import AliasLine, AliasLines, Deleted, GenerationLine, Generations, MovedTo, PinLine, Pins, RecallAnswer, Warmed
+from handler.wire.matrices import joined
+from handler.wire.requests import AliasRequest, BranchRequest, Params, PinRequest, RecallRequest, RollbackRequest
+from handler.wire.translation import search_params
 
 RECALL_QUERY_TOKENS = 32
 MAX_RECALL_TOKENS = 20_000_000
@@ -44,9 +47,9 @@ async def generations(call: Call) -> Reply:
     index = (await call.snapshot()).index
     lines = await snapshots.generations(call.runtime.store, index)
     return Reply(
-        wire.Generations(
+        Generations(
             [
-                wire.GenerationLine(
+                GenerationLine(
                     generation=line.generation,
                     created_at=_rfc3339(line.created_s),
                     cause=line.cause,
@@ -64,18 +67,16 @@ async def generations(call: Call) -> Reply:
 async def list_pins(call: Call) -> Reply:
     index = (await call.snapshot()).index
     pins = await snapshots.pins(call.runtime.store, index)
-    lines = [
-        wire.PinLine(name, pin.generation, _rfc3339(pin.created_s), pin.note) for name, pin in sorted(pins.items()) if not pin.temporary
-    ]
-    return Reply(wire.Pins(lines))
+    lines = [PinLine(name, pin.generation, _rfc3339(pin.created_s), pin.note) for name, pin in sorted(pins.items()) if not pin.temporary]
+    return Reply(Pins(lines))
 
 
 async def add_pin(call: Call) -> Reply:
-    body: wire.PinRequest = call.body
+    body: PinRequest = call.body
     _check_name(body.pin, "a pin's name")
     index = (await call.snapshot()).index
     pin = await snapshots.pin(call.runtime.store, index, body.pin, generation=body.generation, note=body.note)
-    return Reply(wire.PinLine(body.pin, pin.generation, _rfc3339(pin.created_s), pin.note))
+    return Reply(PinLine(body.pin, pin.generation, _rfc3339(pin.created_s), pin.note))
 
 
 async def remove_pin(call: Call) -> Reply:
@@ -84,11 +85,11 @@ async def remove_pin(call: Call) -> Reply:
     if not INDEX_NAME.fullmatch(name):
         raise Problem("PIN_NOT_FOUND", f"no pin named '{name}'")
     await snapshots.unpin(call.runtime.store, index, name)
-    return Reply(wire.Deleted(True, name))
+    return Reply(Deleted(True, name))
 
 
 async def rollback(call: Call) -> Reply:
-    body: wire.RollbackRequest = call.body
+    body: RollbackRequest = call.body
     if (body.generation is None) == (body.pin is None):
         raise bad_request("exactly one of generation and pin is needed")
     index = (await call.snapshot()).index
@@ -102,18 +103,18 @@ async def rollback(call: Call) -> Reply:
     head = await snapshots.rollback(call.runtime.store, index, generation)
     call.runtime.reader.remember_head(index, head)
     call.saw(Snapshot(call.runtime.reader, index, head.manifest))
-    return Reply(wire.MovedTo(index, head.manifest.generation, head.manifest.n_documents))
+    return Reply(MovedTo(index, head.manifest.generation, head.manifest.n_documents))
 
 
 async def branch(call: Call) -> Reply:
-    body: wire.BranchRequest = call.body
+    body: BranchRequest = call.body
     _check_name(body.name, "an index name")
     call.runtime.gate.admit_index(call.caller, body.name)
     index = (await call.snapshot()).index
     if await _alias_target(call, body.name) is not None:
         raise Problem("INDEX_ALREADY_EXISTS", body.name)
     head = await snapshots.branch(call.runtime.store, index, body.name, generation=body.generation)
-    return Reply(wire.MovedTo(body.name, head.manifest.generation, head.manifest.n_documents))
+    return Reply(MovedTo(body.name, head.manifest.generation, head.manifest.n_documents))
 
 
 # Aliases
@@ -131,7 +132,7 @@ async def _alias_target(call: Call, alias: str) -> str | None:
 async def list_aliases(call: Call) -> Reply:
     found = await call.runtime.aliases.all()
     visible = set(call.runtime.gate.visible(call.caller, list(found.values())))
-    return Reply(wire.AliasLines([wire.AliasLine(alias, index) for alias, index in sorted(found.items()) if index in visible]))
+    return Reply(AliasLines([AliasLine(alias, index) for alias, index in sorted(found.items()) if index in visible]))
 
 
 async def get_alias(call: Call) -> Reply:
@@ -141,11 +142,11 @@ async def get_alias(call: Call) -> Reply:
         call.runtime.gate.admit_index(call.caller, alias)  # whether a name outside the key's reach exists is not said
         raise Problem("ALIAS_NOT_FOUND", f"no alias named '{alias}'")
     call.runtime.gate.admit_index(call.caller, index)
-    return Reply(wire.AliasLine(alias, index))
+    return Reply(AliasLine(alias, index))
 
 
 async def put_alias(call: Call) -> Reply:
-    body: wire.AliasRequest = call.body
+    body: AliasRequest = call.body
     alias = _check_name(call.path["alias"], "an alias")
     for name in (alias, body.index):
         call.runtime.gate.admit_index(call.caller, name)
@@ -154,7 +155,7 @@ async def put_alias(call: Call) -> Reply:
     if not INDEX_NAME.fullmatch(body.index):
         raise index_not_found(body.index)
     await call.runtime.aliases.point(alias, body.index)
-    return Reply(wire.AliasLine(alias, body.index))
+    return Reply(AliasLine(alias, body.index))
 
 
 async def delete_alias(call: Call) -> Reply:
@@ -165,7 +166,7 @@ async def delete_alias(call: Call) -> Reply:
         raise Problem("ALIAS_NOT_FOUND", f"no alias named '{alias}'")
     call.runtime.gate.admit_index(call.caller, index)
     await call.runtime.aliases.drop(alias)
-    return Reply(wire.Deleted(True, alias))
+    return Reply(Deleted(True, alias))
 
 
 # Warming, self test, export
@@ -174,38 +175,38 @@ async def delete_alias(call: Call) -> Reply:
 async def warm(call: Call) -> Reply:
     snapshot = await call.filled_snapshot()
     await call.runtime.searcher.warm(snapshot)
-    return Reply(wire.Warmed(call.name, snapshot.manifest.generation, call.runtime.reader.parts.memory.used_bytes))
+    return Reply(Warmed(call.name, snapshot.manifest.generation, call.runtime.reader.parts.memory.used_bytes))
 
 
 async def recall(call: Call) -> Reply:
     """Recall of the search against exhaustive search over the stored (decoded) vectors: the search's own loss, not the codec's."""
-    body: wire.RecallRequest = call.body
+    body: RecallRequest = call.body
     snapshot = await call.filled_snapshot()
     if snapshot.n_tokens > MAX_RECALL_TOKENS:
         raise Problem("PAYLOAD_TOO_LARGE", f"the self test reads every token: at most {MAX_RECALL_TOKENS}, found {snapshot.n_tokens}")
     ids = await snapshot.live_ids()
     if not len(ids):
-        return Reply(wire.RecallAnswer(0, body.top_k, 1.0, 1.0, snapshot.manifest.generation))
+        return Reply(RecallAnswer(0, body.top_k, 1.0, 1.0, snapshot.manifest.generation))
     top_k = min(body.top_k, len(ids))
     rng = np.random.default_rng(snapshot.manifest.generation)
     chosen = np.sort(rng.choice(ids, size=min(body.n_queries, len(ids)), replace=False))
     queries = [tokens[:RECALL_QUERY_TOKENS] async for _, tokens in _documents(snapshot, chosen)]
-    joined, offsets = wire.joined(queries)
-    truth = Exhaustive(joined, offsets, top_k)
+    query_tokens, offsets = joined(queries)
+    truth = Exhaustive(query_tokens, offsets, top_k)
     async for documents in blocks(snapshot):
         tokens, own_offsets = await documents.tokens()
         await call.runtime.reader.parts.compute(truth.add, tokens, own_offsets, documents.ids)
     true_ids, _ = truth.result()
-    params = wire.search_params(wire.Params(top_k, *_effort(body.params)), snapshot.n_documents)
+    params = search_params(Params(top_k, *_effort(body.params)), snapshot.n_documents)
     answers = await call.runtime.searcher.search(snapshot, queries, params, with_rows=False)
     found = np.full((len(queries), top_k), ABSENT, np.int64)
     for line, answer in zip(found, answers, strict=True):
         line[: len(answer.ids)] = answer.ids
     shares = recall_at_k(true_ids, found, top_k)
-    return Reply(wire.RecallAnswer(len(queries), top_k, float(shares.mean()), float(shares.min()), snapshot.manifest.generation))
+    return Reply(RecallAnswer(len(queries), top_k, float(shares.mean()), float(shares.min()), snapshot.manifest.generation))
 
 
-def _effort(params: wire.Params) -> tuple[int | None, int | None, float | None]:
+def _effort(params: Params) -> tuple[int | None, int | None, float | None]:
     return params.n_ivf_probe, params.n_full_scores, params.centroid_score_threshold
 
 
@@ -273,7 +274,7 @@ ENDPOINTS = (
         name="list_generations",
         handle=generations,
         summary="Kept generations, newest first",
-        answer=wire.Generations,
+        answer=Generations,
         answer_example={
             "generations": [
                 {
@@ -296,7 +297,7 @@ ENDPOINTS = (
         name="list_pins",
         handle=list_pins,
         summary="Named generations that garbage collection keeps",
-        answer=wire.Pins,
+        answer=Pins,
         answer_example={"pins": [{"pin": "before-import", "generation": 3, "created_at": "2026-11-23T08:00:00Z", "note": ""}]},
         errors=("INDEX_NOT_FOUND",),
         **_READ,
@@ -307,8 +308,8 @@ ENDPOINTS = (
         name="add_pin",
         handle=add_pin,
         summary="Keep a generation under a name",
-        body=wire.PinRequest,
-        answer=wire.PinLine,
+        body=PinRequest,
+        answer=PinLine,
         request_example={"pin": "before-import", "note": "nightly"},
         answer_example={"pin": "before-import", "generation": 3, "created_at": "2026-11-23T08:00:00Z", "note": "nightly"},
         errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND", "CONFLICT"),
@@ -320,7 +321,7 @@ ENDPOINTS = (
         name="remove_pin",
         handle=remove_pin,
         summary="Forget a pin",
-        answer=wire.Deleted,
+        answer=Deleted,
         answer_example={"deleted": True, "name": "before-import"},
         errors=("INDEX_NOT_FOUND", "PIN_NOT_FOUND"),
         **_ADMIN,
@@ -331,8 +332,8 @@ ENDPOINTS = (
         name="rollback",
         handle=rollback,
         summary="Make an old generation current again, as a new one",
-        body=wire.RollbackRequest,
-        answer=wire.MovedTo,
+        body=RollbackRequest,
+        answer=MovedTo,
         request_example={"pin": "before-import"},
         answer_example=_MOVED,
         errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND", "PIN_NOT_FOUND", "CONFLICT"),
@@ -344,8 +345,8 @@ ENDPOINTS = (
         name="branch",
         handle=branch,
         summary="A new index over the same documents, without copying them",
-        body=wire.BranchRequest,
-        answer=wire.MovedTo,
+        body=BranchRequest,
+        answer=MovedTo,
         request_example={"name": "papers-test"},
         answer_example=_MOVED,
         errors=("INDEX_NOT_FOUND", "GENERATION_NOT_FOUND", "INDEX_ALREADY_EXISTS", "CONFLICT"),
@@ -357,7 +358,7 @@ ENDPOINTS = (
         name="list_aliases",
         handle=list_aliases,
         summary="Every alias and the index that it stands for",
-        answer=wire.AliasLines,
+        answer=AliasLines,
         answer_example={"aliases": [{"alias": "live", "index": "papers-7"}]},
         scope="search",
         **_ALIASES,
@@ -368,7 +369,7 @@ ENDPOINTS = (
         name="get_alias",
         handle=get_alias,
         summary="The index that an alias stands for",
-        answer=wire.AliasLine,
+        answer=AliasLine,
         answer_example={"alias": "live", "index": "papers-7"},
         errors=("ALIAS_NOT_FOUND",),
         scope="search",
@@ -380,8 +381,8 @@ ENDPOINTS = (
         name="put_alias",
         handle=put_alias,
         summary="Point an alias at an index, in one step for everybody",
-        body=wire.AliasRequest,
-        answer=wire.AliasLine,
+        body=AliasRequest,
+        answer=AliasLine,
         request_example={"index": "papers-8"},
         answer_example={"alias": "live", "index": "papers-8"},
         errors=("INDEX_NOT_FOUND", "INDEX_ALREADY_EXISTS", "CONFLICT"),
@@ -394,7 +395,7 @@ ENDPOINTS = (
         name="delete_alias",
         handle=delete_alias,
         summary="Forget an alias; its index stays",
-        answer=wire.Deleted,
+        answer=Deleted,
         answer_example={"deleted": True, "name": "live"},
         errors=("ALIAS_NOT_FOUND",),
         scope="admin",
@@ -406,7 +407,7 @@ ENDPOINTS = (
         name="warm",
         handle=warm,
         summary="Bring an index into this process's memory, as far as its budget goes",
-        answer=wire.Warmed,
+        answer=Warmed,
         answer_example={"name": "papers", "generation": 7, "memory_usage_bytes": 1048576},
         errors=("INDEX_NOT_FOUND",),
         **_READ,
@@ -417,9 +418,9 @@ ENDPOINTS = (
         name="recall",
         handle=recall,
         summary="Self test: recall of the search against exhaustive search over the stored vectors",
-        body=wire.RecallRequest,
+        body=RecallRequest,
         is_body_optional=True,
-        answer=wire.RecallAnswer,
+        answer=RecallAnswer,
         request_example={"n_queries": 16, "top_k": 10},
         answer_example={"num_queries": 16, "top_k": 10, "recall": 0.99, "worst": 0.9, "generation": 7},
         errors=("INDEX_NOT_FOUND", "PAYLOAD_TOO_LARGE"),

@@ -8,10 +8,11 @@ import numpy as np
 
 from engine.errors import InvalidRequest
 from engine.index.reader import Snapshot
-from handler import wire
 from handler.problems import bad_request, metadata_not_found
 from handler.routes.endpoint import Call, Endpoint, Reply
 from handler.routes.search import selected
+from handler.wire.answers import MetadataChecked, MetadataCount, MetadataIds, MetadataRows, MetadataUpdated, Row
+from handler.wire.requests import MetadataCheckRequest, MetadataGetRequest, MetadataQueryRequest, MetadataUpdateRequest
 
 
 async def _described(call: Call) -> Snapshot:
@@ -22,39 +23,39 @@ async def _described(call: Call) -> Snapshot:
     return snapshot
 
 
-async def _rows(snapshot: Snapshot, ids: np.ndarray) -> list[wire.Row]:
+async def _rows(snapshot: Snapshot, ids: np.ndarray) -> list[Row]:
     return [row for row in await snapshot.rows(ids) if row is not None]
 
 
 async def all_rows(call: Call) -> Reply:
     snapshot = await _described(call)
     rows = await _rows(snapshot, await snapshot.live_ids())
-    return Reply(wire.MetadataRows(rows, len(rows)))
+    return Reply(MetadataRows(rows, len(rows)))
 
 
 async def count(call: Call) -> Reply:
     snapshot = await call.filled_snapshot()
-    return Reply(wire.MetadataCount(snapshot.n_documents if snapshot.has_metadata else 0, snapshot.has_metadata))
+    return Reply(MetadataCount(snapshot.n_documents if snapshot.has_metadata else 0, snapshot.has_metadata))
 
 
 async def check(call: Call) -> Reply:
-    body: wire.MetadataCheckRequest = call.body
+    body: MetadataCheckRequest = call.body
     snapshot = await _described(call)
     wanted = np.array(body.document_ids, np.int64)
     is_there = np.isin(wanted, await snapshot.live_ids()) if len(wanted) else np.zeros(0, bool)
     existing, missing = wanted[is_there].tolist(), wanted[~is_there].tolist()
-    return Reply(wire.MetadataChecked(existing, missing, len(existing), len(missing)))
+    return Reply(MetadataChecked(existing, missing, len(existing), len(missing)))
 
 
 async def query(call: Call) -> Reply:
-    body: wire.MetadataQueryRequest = call.body
+    body: MetadataQueryRequest = call.body
     snapshot = await _described(call)
     ids = await selected(snapshot, body.condition, body.parameters)
-    return Reply(wire.MetadataIds(ids.tolist(), len(ids)))
+    return Reply(MetadataIds(ids.tolist(), len(ids)))
 
 
 async def get(call: Call) -> Reply:
-    body: wire.MetadataGetRequest = call.body
+    body: MetadataGetRequest = call.body
     if body.document_ids is not None and body.condition is not None:
         raise bad_request("either document_ids or condition, not both")
     snapshot = await _described(call)
@@ -67,29 +68,29 @@ async def get(call: Call) -> Reply:
     if body.limit is not None and body.document_ids is None:
         ids = ids[: body.limit]
     rows = (await _rows(snapshot, ids))[: body.limit]
-    return Reply(wire.MetadataRows(rows, len(rows)))
+    return Reply(MetadataRows(rows, len(rows)))
 
 
 async def update(call: Call) -> Reply:
-    body: wire.MetadataUpdateRequest = call.body
+    body: MetadataUpdateRequest = call.body
     if not isinstance(body.updates, dict):
         raise bad_request("updates is an object of columns and new values")
     snapshot = await _described(call)
     if not body.updates:
-        return Reply(wire.MetadataUpdated(0))
+        return Reply(MetadataUpdated(0))
     known = {column.name.lower() for column in snapshot.columns}
     for name in body.updates:
         if name.lower() not in known:
             raise bad_request(f"unknown column '{name}': an update changes columns that exist")
     ids = await selected(snapshot, body.condition, body.parameters)
     if not len(ids):
-        return Reply(wire.MetadataUpdated(0))
+        return Reply(MetadataUpdated(0))
     try:
         n_updated = await call.runtime.reader.writer(snapshot.index).update(ids, body.updates)
     except InvalidRequest as error:
         raise bad_request(str(error)) from error
     call.record.facts["documents"] = n_updated
-    return Reply(wire.MetadataUpdated(n_updated))
+    return Reply(MetadataUpdated(n_updated))
 
 
 _ROW = {"_subset_": 0, "title": "weft", "year": 2021}
@@ -104,7 +105,7 @@ ENDPOINTS = (
         name="get_all_metadata",
         handle=all_rows,
         summary="Every row, by document id",
-        answer=wire.MetadataRows,
+        answer=MetadataRows,
         answer_example={"metadata": [_ROW], "count": 1},
         errors=_ERRORS,
         scope="search",
@@ -116,7 +117,7 @@ ENDPOINTS = (
         name="count_metadata",
         handle=count,
         summary="How many documents have a row",
-        answer=wire.MetadataCount,
+        answer=MetadataCount,
         answer_example={"count": 1, "has_metadata": True},
         errors=("INDEX_NOT_FOUND",),
         scope="search",
@@ -128,8 +129,8 @@ ENDPOINTS = (
         name="check_metadata",
         handle=check,
         summary="Which document ids exist",
-        body=wire.MetadataCheckRequest,
-        answer=wire.MetadataChecked,
+        body=MetadataCheckRequest,
+        answer=MetadataChecked,
         request_example={"document_ids": [0, 7]},
         answer_example={"existing_ids": [0], "missing_ids": [7], "existing_count": 1, "missing_count": 1},
         errors=_ERRORS,
@@ -142,8 +143,8 @@ ENDPOINTS = (
         name="query_metadata",
         handle=query,
         summary="Ids of the documents that meet a condition",
-        body=wire.MetadataQueryRequest,
-        answer=wire.MetadataIds,
+        body=MetadataQueryRequest,
+        answer=MetadataIds,
         request_example={"condition": "year > ? AND title LIKE ?", "parameters": [2020, "w%"]},
         answer_example={"document_ids": [0], "count": 1},
         errors=_ERRORS,
@@ -156,8 +157,8 @@ ENDPOINTS = (
         name="get_metadata",
         handle=get,
         summary="Rows by ids, by a condition, or all",
-        body=wire.MetadataGetRequest,
-        answer=wire.MetadataRows,
+        body=MetadataGetRequest,
+        answer=MetadataRows,
         request_example={"document_ids": [0], "limit": 10},
         answer_example={"metadata": [_ROW], "count": 1},
         errors=_ERRORS,
@@ -170,8 +171,8 @@ ENDPOINTS = (
         name="update_metadata",
         handle=update,
         summary="Change columns of the documents that meet a condition",
-        body=wire.MetadataUpdateRequest,
-        answer=wire.MetadataUpdated,
+        body=MetadataUpdateRequest,
+        answer=MetadataUpdated,
         request_example={"condition": "title = ?", "parameters": ["weft"], "updates": {"year": 2022}},
         answer_example={"updated": 1},
         errors=(*_ERRORS, "CONFLICT"),

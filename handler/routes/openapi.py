@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made from the table of endpoints and the structures of wire.py; so it cannot fall behind them."""
+"""The OpenAPI 3.1 document, made from the table of endpoints and the structures of wire/; so it cannot fall behind them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from engine.config import INDEX_NAME
-from handler import wire
 from handler.problems import STATUSES
 from handler.routes.endpoint import JSON, Endpoint
 from handler.runtime import release
+from handler.wire.answers import ErrorBody
 
 _REF = "#/components/schemas/{name}"
 _REASONS = {
@@ -91,7 +91,7 @@ def document() -> dict[str, Any]:
 
 def _schemas(endpoints: tuple[Endpoint, ...]) -> tuple[dict[Any, Any], dict[str, Any]]:
     """(schema of each type, named components)."""
-    types: list[Any] = [wire.ErrorBody]
+    types: list[Any] = [ErrorBody]
     for endpoint in endpoints:
         types += [kind for kind in (endpoint.body, endpoint.answer) if kind is not None and not _is_media_type(kind) and kind not in types]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
@@ -158,7 +158,7 @@ def _responses(endpoint: Endpoint, schemas: dict[Any, Any]) -> dict[str, Any]:
         responses[str(status)] = {
             "description": _REASONS[status],
             "headers": _REQUEST_ID | (_RETRY_AFTER if status in (429, 503) else {}),
-            "content": {JSON: {"schema": schemas[id(wire.ErrorBody)], "examples": examples}},
+            "content": {JSON: {"schema": schemas[id(ErrorBody)], "examples": examples}},
         }
     return responses
 

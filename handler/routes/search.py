@@ -20,14 +20,25 @@ from engine.index.snapshots import generation_at_time
 from engine.opening import Mode
 from engine.scoring.fusion import fuse
 from engine.searcher import Answer, SearchStats
-from handler import tracing, wire
+from handler import tracing
 from handler.problems import Problem, bad_request, index_not_found, metadata_not_found, outward
 from handler.routes.encoding import encode_queries
 from handler.routes.endpoint import Call, Endpoint, Reply
 from handler.runtime import architecture
+from handler.wire.answers import Explanation, FailedShard, QueryCost, QueryResult, Row, SearchAnswer
+from handler.wire.matrices import check_dimensions, query_matrices
+from handler.wire.requests import (
+    FilteredSearchRequest,
+    FilteredTextSearchRequest,
+    Params,
+    SearchExtensions,
+    SearchRequest,
+    TextSearchRequest,
+)
+from handler.wire.translation import parse_time, search_params, subset_ids
 
 if TYPE_CHECKING:
-    from engine.fanout import FanOut
+    from engine.fanout.search import FanOut
 
 _FILTER = "invalid filter condition: "
 FUSIONS = ("relative_score", "rrf")
@@ -42,13 +53,13 @@ class _Query(msgspec.Struct):
     n_vectors: int
     vectors: Callable[[], list[np.ndarray]]
     texts: Sequence[str]
-    params: wire.Params
+    params: Params
     subset: Sequence[int] | None
     condition: str | None
     parameters: Sequence[Any]
     alpha: float | None
     fusion: str | None
-    options: wire._Extensions
+    options: SearchExtensions
     leaves_condition_to_shards: bool = False
 
     @property
@@ -57,11 +68,11 @@ class _Query(msgspec.Struct):
 
 
 async def search(call: Call) -> Reply:
-    body: wire.SearchRequest = call.body
+    body: SearchRequest = call.body
     queries = body.queries or []
     query = _Query(
         len(queries),
-        lambda: wire.query_matrices(queries),
+        lambda: query_matrices(queries),
         body.text_query or [],
         body.params,
         body.subset,
@@ -75,12 +86,12 @@ async def search(call: Call) -> Reply:
 
 
 async def search_filtered(call: Call) -> Reply:
-    body: wire.FilteredSearchRequest = call.body
+    body: FilteredSearchRequest = call.body
     if not body.queries:
         raise bad_request("queries is empty")
     query = _Query(
         len(body.queries),
-        lambda: wire.query_matrices(body.queries),
+        lambda: query_matrices(body.queries),
         [],
         body.params,
         None,
@@ -94,7 +105,7 @@ async def search_filtered(call: Call) -> Reply:
 
 
 async def search_texts(call: Call) -> Reply:
-    body: wire.TextSearchRequest | wire.FilteredTextSearchRequest = call.body
+    body: TextSearchRequest | FilteredTextSearchRequest = call.body
     if not body.queries:
         raise bad_request("queries is empty")
     _check_n_queries(call, len(body.queries))
@@ -104,9 +115,9 @@ async def search_texts(call: Call) -> Reply:
         lambda: vectors,
         body.text_query or [],
         body.params,
-        body.subset if isinstance(body, wire.TextSearchRequest) else None,
-        body.filter_condition if isinstance(body, wire.FilteredTextSearchRequest) else None,
-        body.filter_parameters if isinstance(body, wire.FilteredTextSearchRequest) else [],
+        body.subset if isinstance(body, TextSearchRequest) else None,
+        body.filter_condition if isinstance(body, FilteredTextSearchRequest) else None,
+        body.filter_parameters if isinstance(body, FilteredTextSearchRequest) else [],
         body.alpha,
         body.fusion,
         body,
@@ -159,18 +170,18 @@ async def _search_in(call: Call, query: _Query, snapshot: Snapshot | None) -> Re
         else:
             subset = await _selected(snapshot, query)
     elif query.subset is not None:
-        subset = wire.subset_ids(query.subset)
+        subset = subset_ids(query.subset)
     vectors = await call.compute(query.vectors)
     if vectors and not is_filled:
         raise index_not_found(call.name)
     if vectors:
         assert snapshot is not None
-        wire.check_dimensions(vectors, snapshot.dim)
+        check_dimensions(vectors, snapshot.dim)
     if query.is_hybrid and len(query.texts) != 1:
         raise bad_request(f"hybrid search takes one query and one text query, found {len(query.texts)} text queries")
     call.record.facts["queries"] = len(vectors) or len(query.texts)
     if snapshot is None or not is_filled:
-        return _reply([wire.QueryResult(i, [], [], []) for i in range(len(query.texts))])
+        return _reply([QueryResult(i, [], [], []) for i in range(len(query.texts))])
     return await _run(call, snapshot, query, vectors, subset)
 
 
@@ -207,7 +218,7 @@ async def _snapshot(call: Call, query: _Query) -> Snapshot | None:
 async def _generation(call: Call, as_of: int | str | None) -> int | None:
     if not isinstance(as_of, str):
         return as_of
-    time_s = wire.parse_time(as_of)
+    time_s = parse_time(as_of)
     return await generation_at_time(call.runtime.store, (await call.snapshot()).index, time_s)
 
 
@@ -243,9 +254,9 @@ def _condition_refused(snapshot: Snapshot, prefix: str) -> Iterator[None]:
 
 
 async def _run(call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.ndarray], subset: np.ndarray | None) -> Reply:
-    top_k = wire.search_params(query.params, snapshot.n_documents).k
+    top_k = search_params(query.params, snapshot.n_documents).k
     if top_k == 0:
-        return _reply([wire.QueryResult(i, [], [], []) for i in range(len(vectors) or len(query.texts))])
+        return _reply([QueryResult(i, [], [], []) for i in range(len(vectors) or len(query.texts))])
     if query.is_hybrid:
         kind, results = "hybrid", [await _hybrid(call, snapshot, query, vectors[0], subset)]
     elif vectors:
@@ -262,8 +273,8 @@ async def _run(call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.n
 
 async def _semantic(
     call: Call, snapshot: Snapshot, query: _Query, vectors: list[np.ndarray], subset: np.ndarray | None
-) -> list[wire.QueryResult]:
-    params = wire.search_params(query.params, snapshot.n_documents)
+) -> list[QueryResult]:
+    params = search_params(query.params, snapshot.n_documents)
     answers = await _answers(call, snapshot, query, vectors, params, subset)
     _note(call, answers)
     if (sampler := call.runtime.recall_sampler) is not None:
@@ -304,9 +315,9 @@ def _fan_out(call: Call, snapshot: Snapshot) -> FanOut | None:
     return fan if fan is not None and fan.wants(snapshot) else None
 
 
-def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer: Answer) -> wire.QueryResult:
-    rows: list[wire.Row | None] = list(answer.rows) if snapshot.has_metadata else [None] * len(answer.ids)
-    result = wire.QueryResult(query_id, answer.ids.tolist(), answer.scores.tolist(), rows)
+def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer: Answer) -> QueryResult:
+    rows: list[Row | None] = list(answer.rows) if snapshot.has_metadata else [None] * len(answer.ids)
+    result = QueryResult(query_id, answer.ids.tolist(), answer.scores.tolist(), rows)
     if query.options.with_ids:
         result.ids = list(answer.keys)
     if query.options.explain:
@@ -314,15 +325,15 @@ def _result(call: Call, snapshot: Snapshot, query: _Query, query_id: int, answer
     return _with_failed(result, answer)
 
 
-def _with_failed(result: wire.QueryResult, answer: Answer) -> wire.QueryResult:
+def _with_failed(result: QueryResult, answer: Answer) -> QueryResult:
     if answer.failed:
-        result.failed_shards = [wire.FailedShard(**shard | {"cause": outward(shard["cause"])}) for shard in answer.failed]
+        result.failed_shards = [FailedShard(**shard | {"cause": outward(shard["cause"])}) for shard in answer.failed]
     return result
 
 
-def _explanation(call: Call, snapshot: Snapshot, stats: SearchStats, matches: list[list[tuple[int, float]] | None]) -> wire.Explanation:
+def _explanation(call: Call, snapshot: Snapshot, stats: SearchStats, matches: list[list[tuple[int, float]] | None]) -> Explanation:
     """Stage figures are the query's; what the store was asked is the whole request's, opening the index included."""
-    cost = wire.QueryCost(
+    cost = QueryCost(
         stages_ms=stats.times_ms,
         candidates=stats.n_candidates,
         reranked=stats.n_reranked,
@@ -333,7 +344,7 @@ def _explanation(call: Call, snapshot: Snapshot, stats: SearchStats, matches: li
         cold=stats.n_cold_segments > 0,
         estimated_usd=_dollars(call, stats),
     )
-    return wire.Explanation(snapshot.manifest.generation, cost, matches)
+    return Explanation(snapshot.manifest.generation, cost, matches)
 
 
 def _dollars(call: Call, stats: SearchStats) -> float:
@@ -360,11 +371,11 @@ async def _keyword(snapshot: Snapshot, texts: Sequence[str], k: int, subset: np.
         return await snapshot.keyword(texts, k, subset)
 
 
-async def _from_ids(call: Call, snapshot: Snapshot, query: _Query, query_id: int, ids: np.ndarray, scores: np.ndarray) -> wire.QueryResult:
+async def _from_ids(call: Call, snapshot: Snapshot, query: _Query, query_id: int, ids: np.ndarray, scores: np.ndarray) -> QueryResult:
     """A result whose rows are still to be read."""
     with tracing.stage("rows"):
-        rows: list[wire.Row | None] = await snapshot.rows(ids) if snapshot.has_metadata else [None] * len(ids)
-    result = wire.QueryResult(query_id, ids.tolist(), scores.tolist(), rows)
+        rows: list[Row | None] = await snapshot.rows(ids) if snapshot.has_metadata else [None] * len(ids)
+    result = QueryResult(query_id, ids.tolist(), scores.tolist(), rows)
     if query.options.with_ids:
         result.ids = await _keys(snapshot, ids)
     if query.options.explain:
@@ -384,13 +395,13 @@ async def _keys(snapshot: Snapshot, ids: np.ndarray) -> list[str | None]:
     return [found.get(document_id) for document_id in ids.tolist()]
 
 
-async def _hybrid(call: Call, snapshot: Snapshot, query: _Query, vectors: np.ndarray, subset: np.ndarray | None) -> wire.QueryResult:
+async def _hybrid(call: Call, snapshot: Snapshot, query: _Query, vectors: np.ndarray, subset: np.ndarray | None) -> QueryResult:
     """Both sides over-fetched, fused. Without columns there is no keyword side and the semantic scores stay as they are."""
-    top_k = wire.search_params(query.params, snapshot.n_documents).k
+    top_k = search_params(query.params, snapshot.n_documents).k
     if not snapshot.has_metadata:
         return (await _semantic(call, snapshot, query, [vectors], subset))[0]
     wide = msgspec.structs.replace(query.params, top_k=HYBRID_OVERFETCH * top_k)
-    params = wire.search_params(wide, snapshot.n_documents)
+    params = search_params(wide, snapshot.n_documents)
     semantic, keyword = await asyncio.gather(
         _answers(call, snapshot, query, [vectors], params, subset, with_rows=False),
         _keyword(snapshot, query.texts, HYBRID_OVERFETCH * top_k, subset),
@@ -423,8 +434,8 @@ def _note(call: Call, answers: Sequence[Answer]) -> None:
             facts[name] = facts.get(name, 0) + count
 
 
-def _reply(results: list[wire.QueryResult]) -> Reply:
-    return Reply(wire.SearchAnswer(results, len(results)))
+def _reply(results: list[QueryResult]) -> Reply:
+    return Reply(SearchAnswer(results, len(results)))
 
 
 _VECTORS = {"embeddings": [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]}
@@ -442,7 +453,7 @@ _ANSWER = {
 }
 _COMMON: dict[str, Any] = {
     "method": "POST",
-    "answer": wire.SearchAnswer,
+    "answer": SearchAnswer,
     "answer_example": _ANSWER,
     "tag": "search",
     "scope": "search",
@@ -456,7 +467,7 @@ ENDPOINTS = (
         name="search",
         handle=search,
         summary="Search by vectors, by keywords, or by both",
-        body=wire.SearchRequest,
+        body=SearchRequest,
         request_example={"queries": [_VECTORS], "params": _PARAMS},
         errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "DIMENSION_MISMATCH", "GENERATION_NOT_FOUND"),
         description="Hybrid search takes exactly one query and one text query. filter_condition replaces subset. "
@@ -468,7 +479,7 @@ ENDPOINTS = (
         name="search_filtered",
         handle=search_filtered,
         summary="Search by vectors among the documents that meet a condition",
-        body=wire.FilteredSearchRequest,
+        body=FilteredSearchRequest,
         request_example={"queries": [_VECTORS], "filter_condition": "year > ?", "filter_parameters": [2020]},
         errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "DIMENSION_MISMATCH", "GENERATION_NOT_FOUND"),
         **_COMMON,
@@ -478,7 +489,7 @@ ENDPOINTS = (
         name="search_with_encoding",
         handle=search_texts,
         summary="Search by texts, which the server encodes",
-        body=wire.TextSearchRequest,
+        body=TextSearchRequest,
         request_example={"queries": ["what is a tartan"]},
         errors=("INDEX_NOT_FOUND", "DIMENSION_MISMATCH", "MODEL_NOT_LOADED", "MODEL_ERROR", "GENERATION_NOT_FOUND"),
         **_COMMON,
@@ -488,7 +499,7 @@ ENDPOINTS = (
         name="search_filtered_with_encoding",
         handle=search_texts,
         summary="Search by texts among the documents that meet a condition",
-        body=wire.FilteredTextSearchRequest,
+        body=FilteredTextSearchRequest,
         request_example={"queries": ["what is a tartan"], "filter_condition": "year > ?", "filter_parameters": [2020]},
         errors=("INDEX_NOT_FOUND", "METADATA_NOT_FOUND", "DIMENSION_MISMATCH", "MODEL_NOT_LOADED", "MODEL_ERROR", "GENERATION_NOT_FOUND"),
         **_COMMON,

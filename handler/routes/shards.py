@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine import fanout
 from engine.config import INDEX_NAME
-from engine.fanout import Ranked, Step
+from engine.fanout.messages import Ranked, Step
+from engine.fanout.shard import take
 from handler.fanout import SHARD_PATH, ShardAnswer
 from handler.problems import index_not_found
 from handler.routes.endpoint import Call, Endpoint, Reply
@@ -15,7 +15,7 @@ async def shard(call: Call) -> Reply:
     call.runtime.gate.admit_index(call.caller, step.job.index)
     if not INDEX_NAME.fullmatch(step.job.index):
         raise index_not_found(step.job.index)
-    done = await fanout.take(call.runtime.searcher, step)
+    done = await take(call.runtime.searcher, step)
     call.record.index, call.record.generation = step.job.index, step.job.generation
     return Reply(ShardAnswer(ranked=done) if isinstance(done, Ranked) else ShardAnswer(scored=done))
 

@@ -25,12 +25,14 @@ from engine.index.operations import Add
 from engine.index.reader import Snapshot
 from engine.store.base import Buffer, Range
 from engine.store.objects import signed_address
-from handler import wire
 from handler.problems import Problem, bad_request, read_only
 from handler.routes.documents import IDS_HEADER, checked_rows, declared
 from handler.routes.encoding import encode_documents
 from handler.routes.endpoint import ANSWER_HEADER, JSON, Call, Endpoint, Reply
-from handler.wire_uploads import DownloadAddress, UploadAddress
+from handler.wire.answers import DownloadAddress, Row, UploadAddress
+from handler.wire.bodies import encode, read_body
+from handler.wire.matrices import check_dimensions, document_arrays, joined
+from handler.wire.requests import UpdateRequest, UpdateTextsRequest
 
 ADDRESS_LIFE_S = 3600.0
 """How long an address is good for. What was put there stays for a day."""
@@ -88,7 +90,7 @@ async def _commit(call: Call, snapshot: Snapshot, upload_id: str, data: Buffer) 
     call.is_large = True
     add = await _read(call, bytes(data))
     snapshot = snapshot if snapshot.dim in (None, add.tokens.shape[1]) else await call.snapshot()
-    wire.check_dimensions([add.tokens], snapshot.dim)
+    check_dimensions([add.tokens], snapshot.dim)
     receipt = await uploads.commit_upload(call.runtime.reader, snapshot.index, upload_id, add)
     call.record.facts |= {"documents": len(add), "tokens": len(add.tokens)}
     head = call.runtime.reader.known_head(snapshot.index)
@@ -103,10 +105,10 @@ async def _read(call: Call, data: bytes) -> Add:
     if data.startswith(b"PK\x03\x04"):
         return await call.compute(lambda: _from_source(data, call.runtime.settings.max_upload_bytes))
     try:
-        body = await call.compute(lambda: wire.read_body(data, wire.UpdateRequest))
+        body = await call.compute(lambda: read_body(data, UpdateRequest))
     except Problem as no_vectors:
         try:
-            texts = await call.compute(lambda: wire.read_body(data, wire.UpdateTextsRequest))
+            texts = await call.compute(lambda: read_body(data, UpdateTextsRequest))
         except Problem:
             if no_vectors.code == "UNPROCESSABLE" and data.lstrip().startswith(b'{"documents"'):
                 raise no_vectors from None
@@ -118,10 +120,10 @@ async def _read(call: Call, data: bytes) -> Add:
     return await call.compute(lambda: _from_body(body, rows))
 
 
-def _from_body(body: wire.UpdateRequest, rows: list[wire.Row] | None) -> Add:
-    matrices = wire.document_arrays(body.documents)
-    wire.check_dimensions(matrices, None)
-    return Add.of(*wire.joined(matrices), rows, body.ids)
+def _from_body(body: UpdateRequest, rows: list[Row] | None) -> Add:
+    matrices = document_arrays(body.documents)
+    check_dimensions(matrices, None)
+    return Add.of(*joined(matrices), rows, body.ids)
 
 
 class _Bytes:
@@ -138,7 +140,9 @@ class _Bytes:
 
 
 def _from_source(data: bytes, max_bytes: int) -> Add:
-    from engine.transfer.vectors import VectorLines, kind_of, open_npz
+    from engine.transfer.input_kind import kind_of
+    from engine.transfer.npz import open_npz
+    from engine.transfer.vector_lines import VectorLines
 
     content = _Bytes(data)
     kind = kind_of(content)
@@ -180,7 +184,7 @@ async def by_the_store(call: Call, reply: Reply) -> Reply:
 
 async def _whole(content: object, max_bytes: int) -> bytes:
     if not isinstance(content, AsyncIterator):
-        return content if isinstance(content, bytes) else wire.encode(content)
+        return content if isinstance(content, bytes) else encode(content)
     chunks: list[bytes] = []
     n_bytes = 0
     async for chunk in content:

@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from corpus import Corpus, make_corpus  # noqa: E402
 from engine.config import SearchParams  # noqa: E402
 from engine.errors import CorruptData  # noqa: E402
-from engine.fanout import FanOut  # noqa: E402
+from engine.fanout.search import FanOut  # noqa: E402
 from engine.format import names  # noqa: E402
 from engine.index.reader import Reader, Snapshot  # noqa: E402
 from engine.index.verify import verify  # noqa: E402
