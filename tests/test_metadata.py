@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import CorruptData, InvalidRequest, LimitExceeded, Unavailable, UnsupportedFormat
-from engine.metadata import condition, database, schema
-from engine.metadata.database import Database, build, empty, merge_patches
+from engine.metadata import condition, schema
+from engine.metadata.database import Database, Patches, merge_patches
+from engine.metadata.database_file import build, empty
 
 
-def opened(rows: list[Any], base: int = 0, patches: database.Patches | None = None) -> Database:
+def opened(rows: list[Any], base: int = 0, patches: Patches | None = None) -> Database:
     columns, stored, texts = schema.extend((), rows)
     return Database(build(stored, columns, np.arange(len(rows)), texts=texts), columns, base, patches)
 
@@ -424,6 +426,22 @@ def test_a_database_that_is_dropped_without_closing_frees_its_memory() -> None:
     del segment, connection
     gc.collect()
     assert guard() is None
+
+
+def test_a_database_that_is_dropped_in_a_cycle_is_closed_whatever_the_collector_finds_first() -> None:
+    """Python 3.13 warns of a sqlite3 connection that it finds open, and finds them in the order in which it has last seen them alive."""
+    segment = opened([{"a": 1}])
+    with segment.asking(5) as connection:
+        cursor = connection.execute("SELECT 1")
+    cycle: list[object] = [segment]
+    cycle.append(cycle)
+    del segment, connection
+    gc.collect()
+    del cursor, cycle
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert [str(one.message) for one in caught] == []
 
 
 def test_odd_but_lawful_values_survive() -> None:

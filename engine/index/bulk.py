@@ -112,6 +112,12 @@ class _State:
     n_parts: int = 0
 
 
+def follows(state: _State, record: BuildProgress) -> bool:
+    """Whether the record goes on where the others have come to: the next one, and behind the same documents."""
+    n_new = 0 if record.segment is None else record.segment.n_documents
+    return record.part == state.n_parts and record.n_documents == state.n_documents + n_new
+
+
 class BulkBuild:
     """One build of one index from one source."""
 
@@ -182,7 +188,7 @@ class BulkBuild:
                 raise self._other_run() from error
             record = read_marker(data, BuildProgress, name=listed.name)
             self._records[listed.name] = record.segment is not None
-            is_whole = is_whole and record.part == self.state.n_parts
+            is_whole = is_whole and follows(self.state, record)
             if not is_whole:
                 self._stray |= {record.segment.id} if record.segment is not None else set()
                 continue

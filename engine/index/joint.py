@@ -7,8 +7,13 @@
 Everything may happen twice, at the same time, or half: records are written once, whoever comes second goes on from what it finds, and what nobody names is
 garbage. Nothing is visible before the commit. Running a build again goes on where it was. It rests on bulk.py, whose states and records it shares:
 
-    builds/{build}/00000000           codec, columns, the plan (as the record's `source`)
-    builds/{build}-{number}/{part}    segments of input `number`; a record without segment and codec is the end of the input
+    builds/{build}/00000000                   codec, columns, the plan (as the record's `source`)
+    builds/{build}/{part}                     says that the build was taken up once more: by `resumed` or `finish`
+    builds/{build}-{begun}-{number}/{part}    segments of input `number`; a record without segment and codec is the end of the input
+
+`begun` is a digest of the first record. A process that is late may note a segment after the build was given up or forgotten by garbage collection, and prepared
+again: that segment belongs to another codec, and is nobody's. A share whose last segment is noted needs no more; who takes up all of them, whose last progress
+may be a week old, races with a sweep as bulk.py does: write a record, which makes the build young, then look whether it is doomed already.
 """
 
 from __future__ import annotations
@@ -24,17 +29,18 @@ import xxhash
 
 from engine.codec.residual import Codec
 from engine.config import MaintenanceParams
-from engine.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from engine.errors import Conflict, CorruptData, InvalidRequest, NotFound, Unavailable
 from engine.format import names
 from engine.format.manifest import CodecRef, Column, Manifest
 from engine.format.markers import BuildProgress, read_marker
 from engine.index.build import Part, column_pairs, column_refs
-from engine.index.bulk import Block, BuildReport, BulkBuild, Progress, Source, _State
+from engine.index.bulk import Block, BuildReport, BulkBuild, Progress, Source, _State, follows
 from engine.index.commit import load_head
 from engine.index.reader import Reader
 from engine.index.snapshots import archived, manifest_at
+from engine.index.sweep import doomed_by_sweeps
 from engine.metadata import schema
-from engine.store.base import ObjectStore
+from engine.store.base import Buffer, ObjectStore
 
 MAX_INPUTS = 20_000
 """Of one build: their numbers must fit what a state machine carries."""
@@ -45,9 +51,10 @@ _READS = 32
 
 @dataclass(frozen=True)
 class Prepared:
-    """A build that shares may join. plan: as it was given to `prepare`."""
+    """A build that shares may join. begun: of this preparation, of the same build another has another; plan: as it was given to `prepare`."""
 
     build: str
+    begun: str
     plan: str
     codec: CodecRef
     columns: tuple[Column, ...]
@@ -111,10 +118,10 @@ async def prepare(
     columns  that the index is to have; then the types of others come from `rows`, the fields of some documents. A column that neither
              brings gets its type in each share by itself, and `finish` refuses shares that do not agree
     """
+    with suppress(NotFound):
+        return await resumed(reader, index, plan)
     head = await reader.head(index)
     build = build_id(index, head.manifest.index_id, plan)
-    with suppress(NotFound):
-        return await prepared(reader, index, build)
     work = _Preparation(reader, index, _Planned(sampled, plan), params=params, n_threads=n_threads, progress=progress)
     await work.write(build, head.manifest, columns, rows)
     return await prepared(reader, index, build)
@@ -128,11 +135,34 @@ def build_id(index: str, life: str, plan: str) -> str:
 async def prepared(reader: Reader, index: str, build: str) -> Prepared:
     """What `prepare` wrote. NotFound if there is no such build, or it is over."""
     name = names.build(index, build, 0)
-    record = read_marker((await reader.store.get(name)).data, BuildProgress, name=name)
+    data = (await reader.store.get(name)).data
+    record = read_marker(data, BuildProgress, name=name)
     if record.codec is None:
         raise NotFound("not a build of several inputs", object=name)
     life = (await reader.head(index)).manifest.index_id
-    return Prepared(build, record.source, record.codec, record.columns, life)
+    return Prepared(build, _begun(data), record.source, record.codec, record.columns, life)
+
+
+async def is_prepared(reader: Reader, index: str, build: str) -> bool:
+    """Whether `prepared` would find it."""
+    try:
+        await prepared(reader, index, build)
+    except NotFound:
+        return False
+    return True
+
+
+def _begun(first_record: Buffer) -> str:
+    return xxhash.xxh3_64_hexdigest(first_record)
+
+
+async def resumed(reader: Reader, index: str, plan: str) -> Prepared:
+    """What `prepare` wrote for this plan earlier; for a week from now on garbage collection keeps it. NotFound if there is no such build, Conflict
+    while it is being forgotten. Cost: eight requests, and a GET for each time before."""
+    life = (await reader.head(index)).manifest.index_id
+    found = await prepared(reader, index, build_id(index, life, plan))
+    await _Joined(reader, index, _Nothing()).take_up(found.build)
+    return found
 
 
 class _Planned:
@@ -182,6 +212,9 @@ async def build_share(
             return await share.go_on(build, number, stop_s)
         except Conflict:  # somebody else builds the same input and was first to note a segment: go on behind it
             await prepared(reader, index, build)
+        except CorruptData:  # the codec of a build that was forgotten meanwhile is gone, too
+            await prepared(reader, index, build)
+            raise
     raise Conflict("another process builds the same input, and is faster each time", index=index, build=build, input=number)
 
 
@@ -206,10 +239,18 @@ class _Share(BulkBuild):
 
     async def _join(self, build: str, number: int) -> Prepared:
         plan = await prepared(self.reader, self.index, build)
-        self.build_id = share_id(build, number)
-        self.state.codec_ref, self.state.columns = plan.codec, plan.columns
-        await self._load_progress()
+        self.build_id = share_id(build, plan.begun, number)
+        for _ in range(2):  # a listing may miss a record that another process is just writing, but not twice
+            self.state = _State(plan.codec, columns=plan.columns)
+            if await self._load_progress():
+                return plan
+        await self._forget(plan)
         return plan
+
+    async def _forget(self, plan: Prepared) -> None:
+        """A sweep that died has forgotten some of the records."""
+        await self.store.delete(list(self._records))
+        self.state = _State(plan.codec, columns=plan.columns)
 
     async def _finish_segment(self, codec: Codec, manifest: Manifest, waiting: list[Part]) -> None:
         await super()._finish_segment(codec, manifest, waiting)
@@ -217,8 +258,8 @@ class _Share(BulkBuild):
             raise _Paused
 
 
-def share_id(build: str, number: int) -> str:
-    return f"{build}-{number:06d}"
+def share_id(build: str, begun: str, number: int) -> str:
+    return f"{build}-{begun}-{number:06d}"
 
 
 def _has_end(state: _State) -> bool:
@@ -240,8 +281,24 @@ async def finish(reader: Reader, index: str, build: str, n_inputs: int) -> Build
     Raises Conflict if a share is not done, if two inputs carry the same external id, or if their columns do not agree (all of it before anything is
     visible); InvalidRequest if there is no such build.
     """
-    joined = _Joined(reader, index, _Nothing())
-    return await joined.commit_all(build, n_inputs)
+    try:
+        return await _Joined(reader, index, _Nothing()).commit_all(build, n_inputs)
+    except (Conflict, NotFound):
+        if await is_prepared(reader, index, build):
+            raise
+    return await _over(reader, index, build)
+
+
+async def _over(reader: Reader, index: str, build: str) -> BuildReport:
+    """The records are gone: either the build was committed, and some generation says so, or it never was."""
+    current = (await reader.head(index)).manifest
+    if current.cause.endswith(build):
+        return BuildReport(generation=current.generation, was_committed_before=True)
+    async for generation, _ in archived(reader.store, index, current.index_id):
+        with suppress(NotFound):
+            if (await manifest_at(reader.store, index, generation)).cause.endswith(build):
+                return BuildReport(generation=generation, was_committed_before=True)
+    raise InvalidRequest("no such build", index=index, build=build)
 
 
 class _Nothing:
@@ -259,12 +316,9 @@ class _Nothing:
 class _Joined(BulkBuild):
     async def commit_all(self, build: str, n_inputs: int) -> BuildReport:
         head = await self.reader.head(self.index)
-        self.build_id, self._began_at = build, head.manifest.generation
-        await self._load_progress()
-        if self.state.codec_ref is None:
-            return await self._over(head.manifest, build)
+        self._began_at = head.manifest.generation
+        await self.take_up(build)
         self.state.columns = (await prepared(self.reader, self.index, build)).columns
-        self.state.n_parts = 1
         shares = await read_shares(self.store, self.index, build)
         await self._join_all(shares, n_inputs)
         if not self.state.segments:
@@ -275,15 +329,20 @@ class _Joined(BulkBuild):
         n_tokens, n_segments = sum(segment.n_tokens for segment in self.state.segments), len(self.state.segments)
         return BuildReport(self.state.n_documents, n_tokens, n_segments, 0, n_replaced, head.manifest.generation, was_committed)
 
-    async def _over(self, current: Manifest, build: str) -> BuildReport:
-        """The records are gone: either the build was committed, and some generation says so, or it never was."""
-        if current.cause.endswith(build):
-            return BuildReport(generation=current.generation, was_committed_before=True)
-        async for generation, _ in archived(self.store, self.index, current.index_id):
-            with suppress(NotFound):
-                if (await manifest_at(self.store, self.index, generation)).cause.endswith(build):
-                    return BuildReport(generation=generation, was_committed_before=True)
-        raise InvalidRequest("no such build", index=self.index, build=build)
+    async def take_up(self, build: str) -> None:
+        """Read the build's own records and make it young. NotFound if it is over, Conflict if garbage collection was faster."""
+        self.build_id = build
+        await self._load_progress()
+        if self.state.codec_ref is None:
+            raise NotFound("no such build", index=self.index, build=build)
+        with suppress(Conflict):  # somebody else takes it up just now, which is as good
+            await self._note([])
+        first = names.build(self.index, build, 0)
+        if first in await doomed_by_sweeps(self.store, self.index):
+            raise Conflict(
+                "the build was left for a week, and garbage collection is forgetting it: start it again", index=self.index, build=build
+            )
+        await self._check_no_other_run_finished()
 
     async def _join_all(self, shares: dict[int, _State], n_inputs: int) -> None:
         missing = [number for number in range(n_inputs) if number not in shares or not _has_end(shares[number])]
@@ -338,10 +397,14 @@ async def _records(store: ObjectStore, index: str, build: str) -> AsyncIterator[
 
 async def read_shares(store: ObjectStore, index: str, build: str) -> dict[int, _State]:
     """How far each share is that has begun."""
+    try:
+        begun = _begun((await store.get(names.build(index, build, 0))).data)
+    except NotFound:
+        return {}
     wanted: dict[str, int] = {}
     async for name in _records(store, index, build):
         own, _, digits = name.split("/")[-2].rpartition("-")
-        if own == build:
+        if own == f"{build}-{begun}":
             wanted[name] = int(digits)
     places = asyncio.Semaphore(_READS)
 
@@ -356,7 +419,7 @@ async def read_shares(store: ObjectStore, index: str, build: str) -> dict[int, _
     records = await asyncio.gather(*map(read, wanted))
     for number, record in zip(wanted.values(), records, strict=True):
         state = shares.setdefault(number, _State())
-        if record is None or record.part != state.n_parts:
+        if record is None or not follows(state, record):
             continue
         state.n_parts += 1
         if record.segment is not None:
@@ -396,4 +459,16 @@ async def give_up(store: ObjectStore, index: str, build: str) -> int:
     return len(doomed)
 
 
-__all__ = ["BuildStatus", "Prepared", "ShareReport", "build_share", "builds", "finish", "give_up", "prepare", "prepared"]
+__all__ = [
+    "BuildStatus",
+    "Prepared",
+    "ShareReport",
+    "build_share",
+    "builds",
+    "finish",
+    "give_up",
+    "is_prepared",
+    "prepare",
+    "prepared",
+    "resumed",
+]

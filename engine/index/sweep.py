@@ -305,9 +305,9 @@ async def _unfinished_builds(store: ObjectStore, index: str, now_s: float) -> di
     records = [listed async for listed in store.list(names.builds(index))]
     last_s: dict[str, float] = {}
     for listed in records:
-        last_s[_whole_build(listed.name)] = max(listed.modified_s, last_s.get(_whole_build(listed.name), 0.0))
+        last_s[whole_build(listed.name)] = max(listed.modified_s, last_s.get(whole_build(listed.name), 0.0))
     for listed in records:
-        if now_s - last_s[_whole_build(listed.name)] > BUILD_LIFE_S:
+        if now_s - last_s[whole_build(listed.name)] > BUILD_LIFE_S:
             continue
         try:
             progress = read_marker((await store.get(listed.name)).data, BuildProgress, name=listed.name)
@@ -317,6 +317,6 @@ async def _unfinished_builds(store: ObjectStore, index: str, now_s: float) -> di
     return found
 
 
-def _whole_build(record_name: str) -> str:
+def whole_build(record_name: str) -> str:
     """The build that a progress record belongs to; the shares of a build by many processes (joint.py) have its id with a number."""
     return record_name.split("/")[-2].partition("-")[0]

@@ -10,6 +10,7 @@ import hashlib
 import re
 import sqlite3
 import unicodedata
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import pytest
 import regex
 
 from engine.index.build import column_pairs
-from engine.metadata import keyword
-from engine.metadata.database import Database, build
+from engine.metadata.database import Database
+from engine.metadata.database_file import build
 from engine.metadata.schema import Columns, extend
+from engine.metadata.tokenizer import Scratch
 from security.payloads import RAW_SQL, SQL
 from serving import client_of
 
@@ -272,17 +274,18 @@ def test_the_connection_refuses_every_statement_that_is_not_ours(tmp_path: Path)
 
 
 def test_the_connection_that_only_tokenizes_reaches_no_file(tmp_path: Path) -> None:
-    scratch = keyword._Scratch("unicode61")
-    assert scratch.terms("a weft; DROP TABLE fts") == ["a", "weft", "drop", "table", "fts"]
-    reaching = [sql for sql in RAW_SQL if re.search("folder|ATTACH|VACUUM INTO|readfile|load_extension|fsdir", sql)]
-    assert len(reaching) >= 9
-    for sql in reaching:
-        if "PRAGMA" not in sql:
-            with pytest.raises(sqlite3.DatabaseError):
-                scratch.sqlite.execute(sql.format(folder=tmp_path)).fetchall()
-    assert scratch.accepts("weft OR warp")
-    assert scratch.terms("weft") == ["weft"]
-    assert list(tmp_path.iterdir()) == []
+    scratch = Scratch("unicode61")
+    with closing(scratch.sqlite):
+        assert scratch.terms("a weft; DROP TABLE fts") == ["a", "weft", "drop", "table", "fts"]
+        reaching = [sql for sql in RAW_SQL if re.search("folder|ATTACH|VACUUM INTO|readfile|load_extension|fsdir", sql)]
+        assert len(reaching) >= 9
+        for sql in reaching:
+            if "PRAGMA" not in sql:
+                with pytest.raises(sqlite3.DatabaseError):
+                    scratch.sqlite.execute(sql.format(folder=tmp_path)).fetchall()
+        assert scratch.accepts("weft OR warp")
+        assert scratch.terms("weft") == ["weft"]
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_forged_column_does_not_reach_sql() -> None:
