@@ -15,16 +15,20 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
-from engine import fanout
 from engine.config import INDEX_NAME, MAX_DIM, MAX_QUERY_TOKENS, SearchParams
-from engine.errors import EngineError, InvalidRequest, LimitExceeded
-from engine.fanout import Plan, Ranked, Step
+from engine.errors import CorruptData, EngineError, InvalidRequest, LimitExceeded
+from engine.fanout import messages
+from engine.fanout.merge import bars_of, merged
+from engine.fanout.messages import Plan, Ranked, Step
+from engine.fanout.plan import make_plan
+from engine.fanout.shard import open_pinned, take
 from handler import tracing
 from handler.runtime import Runtime
 from handler.settings import Settings
@@ -55,7 +59,7 @@ class SearchAsked(msgspec.Struct, forbid_unknown_fields=True):
     condition: str | None = None
     parameters: list[Any] = []
     generation: Count | None = None
-    mode: fanout.Mode = "cold"
+    mode: messages.Mode = "cold"
     allow_partial: bool = False
     with_rows: bool = True
 
@@ -125,7 +129,7 @@ class Tasks:
     # Search
 
     async def shard(self, event: Event) -> Event:
-        done: Event = fanout.plain(await fanout.take(self.runtime.searcher, fanout.read(event, Step)))
+        done: Event = messages.plain(await take(self.runtime.searcher, messages.read(event, Step)))
         return done
 
     async def coordinate(self, event: Event) -> Event:
@@ -135,13 +139,13 @@ class Tasks:
     async def _plan(self, event: Event) -> Event:
         from handler.fanout import StateMachine
 
-        asked: SearchAsked = fanout.read(event["request"], SearchAsked)
+        asked: SearchAsked = messages.read(event["request"], SearchAsked)
         snapshot = await self.runtime.reader.snapshot(asked.index, generation=asked.generation)
         machine = StateMachine("", self.runtime.settings.fanout_shard_bytes)
         machine.mode = asked.mode
         query = _query(asked.query)
         params = msgspec.structs.replace(asked.params, k=min(asked.params.k, snapshot.n_documents))
-        plan = fanout.make_plan(
+        plan = make_plan(
             snapshot,
             query,
             params,
@@ -151,27 +155,27 @@ class Tasks:
             parameters=asked.parameters,
             allow_partial=asked.allow_partial,
         )
-        return {"plan": fanout.plain(plan), "answer": {"with_rows": asked.with_rows}}
+        return {"plan": messages.plain(plan), "answer": {"with_rows": asked.with_rows}}
 
     async def _decide(self, event: Event) -> Event:
         from handler.fanout import read_failed
 
-        asked: DecideAsked = fanout.read(event, DecideAsked)
+        asked: DecideAsked = messages.read(event, DecideAsked)
         failed = [read_failed(item) for item in asked.rankings if "error" in item]
         if failed and not asked.plan.job.allow_partial:
             raise failed[0].as_error()
-        ranked = [fanout.read(item, Ranked) for item in asked.rankings if "error" not in item]
-        bars: Event = fanout.plain(fanout.bars_of(asked.plan.job, ranked))
+        ranked = [messages.read(item, Ranked) for item in asked.rankings if "error" not in item]
+        bars: Event = messages.plain(bars_of(asked.plan.job, ranked))
         return bars
 
     async def _merge(self, event: Event) -> Event:
         from handler.fanout import read_outcomes
 
-        asked: MergeAsked = fanout.read(event, MergeAsked)
+        asked: MergeAsked = messages.read(event, MergeAsked)
         plan, with_rows = asked.plan, asked.answer.with_rows
-        snapshot = await fanout.open_pinned(self.runtime.reader, plan.job)
-        answer = await fanout.merged(self.runtime.searcher, snapshot, plan, read_outcomes(asked.results), with_rows=with_rows)
-        found: Event = fanout.plain(
+        snapshot = await open_pinned(self.runtime.reader, plan.job)
+        answer = await merged(self.runtime.searcher, snapshot, plan, read_outcomes(asked.results), with_rows=with_rows)
+        found: Event = messages.plain(
             {
                 "index": plan.job.index,
                 "generation": plan.job.generation,
@@ -183,9 +187,9 @@ class Tasks:
                 "stats": answer.stats,
             }
         )
-        size_bytes = len(fanout.encode(found))
-        if size_bytes > fanout.STATE_BYTES:
-            facts: Event = {"found_bytes": size_bytes, "limit_bytes": fanout.STATE_BYTES}
+        size_bytes = len(messages.encode(found))
+        if size_bytes > messages.STATE_BYTES:
+            facts: Event = {"found_bytes": size_bytes, "limit_bytes": messages.STATE_BYTES}
             raise LimitExceeded("the rows of the hits do not fit into the answer: ask for fewer hits, or with_rows false", **facts)
         return found
 
@@ -198,22 +202,21 @@ class Tasks:
         return await _chosen({"prepare": self._prepare, "input": one_input, "finish": self._finish}, event)
 
     async def _prepare(self, event: Event) -> Event:
+        from engine.errors import NotFound
         from engine.format.manifest import Column
         from engine.index import joint
         from engine.transfer import inputs
         from engine.transfer.content import Background
 
-        asked: BuildAsked = fanout.read(event["request"], BuildAsked)
+        asked: BuildAsked = messages.read(event["request"], BuildAsked)
         if set(asked.columns.values()) - {"INTEGER", "REAL", "TEXT"}:
             raise InvalidRequest("a column is INTEGER, REAL or TEXT", found=sorted(set(asked.columns.values())))
         await self._make_index(asked)
         found = await inputs.inputs_under(self._store_of(asked))
         plan = msgspec.json.encode(BuildPlan(asked, msgspec.to_builtins(found))).decode()
         answer = {"index": asked.index, "n_inputs": len(found), "numbers": list(range(len(found)))}
-        head = await self.runtime.reader.head(asked.index)
-        build = joint.build_id(asked.index, head.manifest.index_id, plan)
-        if await self._is_prepared(asked.index, build):
-            return {**answer, "build": build}
+        with suppress(NotFound):
+            return {**answer, "build": (await joint.resumed(self.runtime.reader, asked.index, plan)).build}
         columns = [Column(name=name, type=kind) for name, kind in asked.columns.items()]
         with Background() as background:
             opened = inputs.sampled_of(found)
@@ -223,16 +226,6 @@ class Tasks:
             options: Event = {"columns": columns, "rows": rows, "params": self._params(asked), "n_threads": self._n_threads}
             prepared = await joint.prepare(self.runtime.reader, asked.index, plan, sampled, **options)
         return {**answer, "build": prepared.build}
-
-    async def _is_prepared(self, index: str, build: str) -> bool:
-        from engine.errors import NotFound
-        from engine.index import joint
-
-        try:
-            await joint.prepared(self.runtime.reader, index, build)
-        except NotFound:
-            return False
-        return True
 
     async def _make_index(self, asked: BuildAsked) -> None:
         from engine.config import IndexConfig, check_index_name
@@ -255,7 +248,7 @@ class Tasks:
         from engine.transfer import inputs
         from engine.transfer.content import Background
 
-        asked: InputAsked = fanout.read(event, InputAsked)
+        asked: InputAsked = messages.read(event, InputAsked)
         index, build, number = asked.index, asked.build, asked.number
         try:
             prepared = await joint.prepared(self.runtime.reader, index, build)
@@ -263,12 +256,12 @@ class Tasks:
             if number >= len(plan.inputs):
                 raise InvalidRequest("the build has no such input", n_inputs=len(plan.inputs), found=number)
             with Background() as background:
-                source = await self._opened(plan.asked, fanout.read(plan.inputs[number], inputs.Input), background)
+                source = await self._opened(plan.asked, messages.read(plan.inputs[number], inputs.Input), background)
                 stop_s = time.monotonic() + max(MIN_SHARE_S, remaining_s / 2)
                 options: Event = {"params": self._params(plan.asked), "n_threads": self._n_threads, "stop_s": stop_s}
                 report = await joint.build_share(self.runtime.reader, index, build, number, source, **options)
         except NotFound as error:
-            if await self._is_prepared(index, build):
+            if await joint.is_prepared(self.runtime.reader, index, build):
                 raise
             self.runtime.log.info("nothing to build", index=index, build=build, number=number, reason=str(error))
             report = joint.ShareReport(number, is_done=True, is_over=True)
@@ -277,11 +270,11 @@ class Tasks:
     async def _finish(self, event: Event) -> Event:
         from engine.index import joint
 
-        asked: FinishAsked = fanout.read(event, FinishAsked)
+        asked: FinishAsked = messages.read(event, FinishAsked)
         if asked.n_inputs > joint.MAX_INPUTS:
             raise LimitExceeded("too many inputs", limit=joint.MAX_INPUTS, found=asked.n_inputs)
         report = await joint.finish(self.runtime.reader, asked.index, asked.build, asked.n_inputs)
-        return {"index": asked.index, "build": asked.build, **fanout.plain(report)}
+        return {"index": asked.index, "build": asked.build, **messages.plain(report)}
 
     @property
     def _n_threads(self) -> int:
@@ -327,33 +320,43 @@ class Tasks:
 
     async def maintain(self, event: Event, remaining_s: float = DEFAULT_REMAINING_S) -> Event:
         """Compact and sweep one index ({"index": name}) or all, step by step while there is time: what is left, the next run does."""
+        from engine.index.indices import left_something, survey
+
+        asked: MaintainAsked = messages.read(event, MaintainAsked)
+        stop_s = time.monotonic() + remaining_s * MAINTENANCE_SHARE
+        if asked.index is not None:
+            return {"indices": {asked.index: await self._maintained(asked.index, asked.sweep, stop_s)}}
+        runtime, done = self.runtime, {}
+        found = await survey(runtime.store)
+        failed: dict[str, EngineError] = dict(found.unreadable)
+        for name in [*found.heads, *(await left_something(runtime.store, found.ended) if asked.sweep else ())]:
+            try:
+                done[name] = await self._maintained(name, asked.sweep, stop_s)
+            except CorruptData as error:
+                failed[name] = error
+        for name, why in failed.items():  # the others are worked on all the same
+            runtime.log.error("maintenance failed", index=name, code=why.code, error=str(why))
+        return {"indices": done}
+
+    async def _maintained(self, name: str, sweeps: bool, stop_s: float) -> Event:
+        """Compact one index as long as there is time, then collect its garbage. Of a deleted one only garbage is left."""
+        from engine.index.commit import Ended
         from engine.index.compact import compact
-        from engine.index.indices import survey
         from engine.index.plan import next_step
         from engine.index.sweep import sweep
 
-        asked: MaintainAsked = fanout.read(event, MaintainAsked)
-        stop_s = time.monotonic() + remaining_s * MAINTENANCE_SHARE
-        runtime, reader, done = self.runtime, self.runtime.reader, {}
-        wanted = [asked.index] if asked.index is not None else []
-        if asked.index is None:
-            heads, unreadable = await survey(runtime.store)
-            wanted = sorted(heads)
-            for name, error in unreadable.items():  # the others are worked on all the same
-                runtime.log.error("maintenance failed", index=name, code=error.code, error=str(error))
-        for name in wanted:
-            steps: dict[str, int] = {}
+        runtime, reader, n_deleted = self.runtime, self.runtime.reader, 0
+        steps: dict[str, int] = {}
+        with suppress(Ended):
             while time.monotonic() < stop_s and next_step((await reader.head(name)).manifest, runtime.maintenance) is not None:
                 report = await compact(reader, name, params=runtime.maintenance, max_steps=1, n_threads=self._n_threads)
                 for kind, n in report.steps.items():
                     steps[kind] = steps.get(kind, 0) + n
                 if not report.steps:
                     break
-            n_deleted = 0
-            if asked.sweep and time.monotonic() < stop_s:
-                n_deleted = (await sweep(runtime.store, name, params=runtime.maintenance)).n_deleted
-            done[name] = {"steps": steps, "deleted_objects": n_deleted}
-        return {"indices": done}
+        if sweeps and time.monotonic() < stop_s:
+            n_deleted = (await sweep(runtime.store, name, params=runtime.maintenance)).n_deleted
+        return {"steps": steps, "deleted_objects": n_deleted}
 
 
 async def _chosen(steps: Mapping[str, Callable[[Event], Awaitable[Event]]], event: Event) -> Event:
@@ -438,8 +441,8 @@ def _step(name: str, event: Event) -> str:
 def portable(error: BaseException) -> Exception:
     """The same failure with a short text and nothing behind it."""
     if isinstance(error, EngineError):
-        return type(error)(fanout.told(error))
-    return RuntimeError(f"{type(error).__name__}: {error}"[: fanout.MAX_CAUSE])
+        return type(error)(messages.told(error))
+    return RuntimeError(f"{type(error).__name__}: {error}"[: messages.MAX_CAUSE])
 
 
 _process = _Process()

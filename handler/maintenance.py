@@ -24,8 +24,9 @@ import msgspec
 
 from engine.errors import EngineError, NotFound
 from engine.format.manifest import Manifest
+from engine.index.commit import Ended
 from engine.index.compact import compact
-from engine.index.indices import survey
+from engine.index.indices import left_something, survey
 from engine.index.plan import next_step
 from engine.index.sweep import sweep
 from handler.index_facts import IndexFacts
@@ -132,19 +133,26 @@ class Maintenance:
         return found
 
     async def _look_at_all(self) -> None:
-        heads, unreadable = await survey(self.runtime.store)
+        found = await survey(self.runtime.store)
         if self.runtime.metrics is not None:
-            self.runtime.metrics.saw_all({name: IndexFacts.of(head.manifest) for name, head in heads.items()})
-        for name, error in unreadable.items():
+            self.runtime.metrics.saw_all({name: IndexFacts.of(head.manifest) for name, head in found.heads.items()})
+        for name, error in found.unreadable.items():
             self._note_failure(error, index=name)
-        for name, head in heads.items():
-            due_s = self._swept_s.setdefault(name, time.monotonic()) + SWEEP_INTERVAL_S
-            wants_sweep = time.monotonic() >= due_s
-            if next_step(head.manifest, self.runtime.maintenance) is None and not wants_sweep:
-                continue
-            if wants_sweep:
-                self._swept_s[name] = time.monotonic()
-            await self._work_on(name, "sweep" if wants_sweep else "compact")
+        for name, head in found.heads.items():
+            if self._is_sweep_due(name):
+                await self._work_on(name, "sweep")
+            elif next_step(head.manifest, self.runtime.maintenance) is not None:
+                await self._work_on(name, "compact")
+        for name in await left_something(self.runtime.store, [name for name in found.ended if self._is_sweep_due(name)]):
+            await self._work_on(name, "sweep")
+
+    def _is_sweep_due(self, name: str) -> bool:
+        """Whether it is time again; if so, it is taken as done. A name that is seen for the first time waits for its turn."""
+        now_s = time.monotonic()
+        is_due = now_s >= self._swept_s.setdefault(name, now_s) + SWEEP_INTERVAL_S
+        if is_due:
+            self._swept_s[name] = now_s
+        return is_due
 
     # The child
 
@@ -219,13 +227,15 @@ async def maintain(runtime: Runtime, name: str, verb: str) -> None:
     try:
         report = await compact(runtime.reader, name, params=runtime.maintenance)
         facts |= {"steps": report.steps, "documents": report.n_documents, "given_up": report.n_given_up}
-        if verb == "sweep":
-            swept = await sweep(runtime.store, name, params=runtime.maintenance)
-            facts |= {"objects_deleted": swept.n_deleted, "objects_kept": swept.n_kept}
+    except Ended:
+        pass  # its garbage is collected all the same
     except NotFound as error:
         if error.code != "index-not-found":
             raise
-        return  # deleted meanwhile
+        return
+    if verb == "sweep":
+        swept = await sweep(runtime.store, name, params=runtime.maintenance)
+        facts |= {"objects_deleted": swept.n_deleted, "objects_kept": swept.n_kept}
     runtime.log.info("maintained", index=name, verb=verb, s=round(time.monotonic() - began_s, 3), **facts)
 
 

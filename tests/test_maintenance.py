@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -11,7 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
+import handler.maintenance
 from engine.config import MaintenanceParams
+from engine.format.names import fresh_id
 from handler.app import create_app
 from handler.maintenance import Maintenance
 from handler.runtime import Runtime
@@ -75,6 +78,27 @@ async def test_a_damaged_index_is_counted_and_the_next_one_is_worked_on(api: htt
     assert await sample(api, 'tartan_maintenance_runs_total{outcome="failed"}') == 2
     assert await sample(api, 'tartan_maintenance_seconds_count{verb="compact"}') == 1
     assert await sample(api, 'tartan_errors_total{code="checksum-mismatch"}') == 2
+
+
+async def test_what_a_deleted_index_left_is_collected_and_what_never_was_an_index_is_not(
+    api: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer was about to commit when its index was deleted: nobody names its upload, and nobody but maintenance ever looks."""
+    monkeypatch.setattr(handler.maintenance, "SWEEP_INTERVAL_S", 0.0)
+    await fill(api, "gone", 1)
+    await api.delete("/indices/gone")
+    left = [tmp_path / f"indices/{folder}/segments/{fresh_id()}/data" for folder in ("gone", "photos")]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+        os.utime(path, (1e9, 1e9))
+    maintenance = Maintenance(api.runtime, tmp_path)  # type: ignore[attr-defined]
+    await maintenance._look_at_all()
+    await maintenance._end_child()
+    assert [path.exists() for path in left] == [False, True]
+    assert await sample(api, 'tartan_maintenance_runs_total{outcome="done"}') == 1
+    await maintenance._look_at_all()  # nothing is left to do
+    assert await sample(api, 'tartan_maintenance_runs_total{outcome="done"}') == 1
 
 
 def test_a_child_whose_worker_was_killed_ends_without_a_word(tmp_path: Path) -> None:

@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 
 from corpus import make_corpus
-from engine import fanout
 from engine.config import SearchParams
 from engine.errors import CorruptData, EngineError, InvalidRequest, NotFound, Unavailable
-from engine.fanout import FanOut, Plan
+from engine.fanout import messages
+from engine.fanout.messages import Plan
+from engine.fanout.plan import make_plan
+from engine.fanout.search import FanOut
+from engine.format import names
 from engine.index import joint
 from engine.index.commit import load_head
+from engine.index.indices import drop
 from engine.index.reader import Reader, Snapshot
 from engine.index.verify import verify
 from engine.searcher import Searcher
@@ -96,16 +100,16 @@ def test_the_validator_agrees(name: str) -> None:
 class ByMachine:
     """The transport of handler/fanout.py with executions that are waited for: moto does not start synchronous ones."""
 
-    max_state_bytes: int | None = fanout.STATE_BYTES
+    max_state_bytes: int | None = messages.STATE_BYTES
 
-    def __init__(self, region: Machines, n_shards: int, mode: fanout.Mode) -> None:
+    def __init__(self, region: Machines, n_shards: int, mode: messages.Mode) -> None:
         self.region, self.n_shards, self.mode = region, n_shards, mode
 
     def shard_count(self, size_bytes: int) -> int:
         return self.n_shards
 
-    async def run(self, plan: Plan) -> list[fanout.Outcome]:
-        done = await asyncio.to_thread(self.region.execute, "search.asl.json", {"plan": fanout.plain(plan)})
+    async def run(self, plan: Plan) -> list[messages.Outcome]:
+        done = await asyncio.to_thread(self.region.execute, "search.asl.json", {"plan": messages.plain(plan)})
         if done["status"] != "SUCCEEDED":
             raise failed_execution(done["error"], done["cause"])
         return read_outcomes(done["output"]["results"])
@@ -133,7 +137,7 @@ def _no_faults(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("mode", ["warm", "cold"])
 async def test_eight_shards_give_the_ids_and_scores_of_one_process(
-    index: tuple[ObjectStore, Snapshot], region: Machines, mode: fanout.Mode
+    index: tuple[ObjectStore, Snapshot], region: Machines, mode: messages.Mode
 ) -> None:
     store, snapshot = index
     found = await FanOut(Searcher(Reader(store)), ByMachine(region, 8, mode), min_bytes=0).search(snapshot, CORPUS.queries[:2], K10)
@@ -447,6 +451,19 @@ async def test_the_schedule_compacts_and_sweeps_every_index() -> None:
     assert sum(ref.kind == "flat" for ref in after.segments) <= 1
 
 
+async def test_the_schedule_sweeps_what_a_deleted_index_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = await mixed()
+    await drop(store, "x")
+    await store.put_if_absent(names.segment("x", names.fresh_id()), b"of a commit that came too late")
+    tasks = Tasks(Runtime(Settings(log_level="off"), store=store))
+    tasks.runtime.maintenance = msgspec.structs.replace(tasks.runtime.maintenance, grace_s=0.0)
+    await asyncio.sleep(0.003)
+    done = await tasks.maintain(json.loads((EVENTS / "schedule_maintain.json").read_text()))
+    tasks.runtime.close()
+    assert done["indices"] == {"x": {"steps": {}, "deleted_objects": 1}}
+    assert [listed.name async for listed in store.list("x/")] == ["x/CURRENT"]
+
+
 @pytest.mark.parametrize("what", [{"do": "erase"}, {}, {"do": "finish", "index": "x"}])
 async def test_an_event_that_is_no_task_is_refused(index: tuple[ObjectStore, Snapshot], what: dict[str, Any]) -> None:
     tasks = Tasks(Runtime(Settings(log_level="off"), store=index[0]))
@@ -496,7 +513,7 @@ async def test_a_task_works_in_the_trace_of_the_search_that_asked(
     monkeypatch.setattr(StateMachine, "_made_client", client)
     machine = StateMachine("arn", 1 << 20)
     with tracing.continued({"x-request-id": "r7"}) as trace:
-        await machine.run(fanout.make_plan(snapshot, CORPUS.queries[0], SearchParams(k=3), machine))
+        await machine.run(make_plan(snapshot, CORPUS.queries[0], SearchParams(k=3), machine))
     job = sent["plan"]["job"]
     assert job["trace"] == {"traceparent": trace.traceparent, "x-request-id": "r7"}
 

@@ -53,10 +53,16 @@ Apply = Callable[[Manifest], Awaitable[Draft | None]]
 It must not assume that an earlier call's result was committed."""
 
 
+class Ended(NotFound):
+    """There is no index of this name, because it was deleted: CURRENT holds the deletion."""
+
+
 async def load_head(store: ObjectStore, index: str) -> Head:
     """Read CURRENT: one request. NotFound (`index-not-found`) if there is no such index."""
     try:
         return _head(await store.get(names.current(index)), index)
+    except Ended:
+        raise
     except NotFound as error:
         raise NotFound("no such index", code="index-not-found", index=index) from error
 
@@ -66,15 +72,18 @@ async def refresh_head(store: ObjectStore, index: str, head: Head) -> Head:
     try:
         found = await store.get_if_changed(names.current(index), head.etag)
         return head if found is None else _head(found, index)
+    except Ended:
+        raise
     except NotFound as error:
         raise NotFound("no such index", code="index-not-found", index=index) from error
 
 
 def _head(found: Object, index: str) -> Head:
-    """What CURRENT holds. NotFound if that is a deletion."""
+    """What CURRENT holds. Ended if that is a deletion."""
     name = names.current(index)
     if parse_header(found.data, name=name).kind is Kind.DELETION:
-        raise NotFound("the index was deleted", object=name, life=read_marker(found.data, Deletion, name=name).index_id)
+        read_marker(found.data, Deletion, name=name)
+        raise Ended("no such index", code="index-not-found", index=index)
     return Head(decode_manifest(found.data, name=name), found.data, found.etag)
 
 
@@ -120,7 +129,7 @@ async def _put_first(store: ObjectStore, index: str, data: Buffer) -> str:
         found = await store.get(name)
     except NotFound:
         return await store.put_if_absent(name, data)
-    with suppress(NotFound):
+    with suppress(Ended):
         _head(found, index)
         raise Conflict("there is one already", object=name)
     try:
@@ -132,7 +141,7 @@ async def _put_first(store: ObjectStore, index: str, data: Buffer) -> str:
 async def _was_first(store: ObjectStore, index: str, first: Manifest) -> bool:
     """Whether the index that is there, or was there last, is the one we made: our answer was lost, and others were here before the store looked."""
     found = await store.get(names.current(index))
-    with suppress(NotFound):
+    with suppress(Ended):
         return _head(found, index).manifest.index_id == first.index_id
     if read_marker(found.data, Deletion, name=names.current(index)).index_id == first.index_id:
         return True
@@ -166,7 +175,7 @@ async def end(
 
 
 def _life(found: Object, index: str) -> tuple[str, int]:
-    """(index_id, generation) of what CURRENT holds, ("", 0) if that cannot be read. NotFound if it is a deletion."""
+    """(index_id, generation) of what CURRENT holds, ("", 0) if that cannot be read. Ended if it is a deletion."""
     try:
         manifest = _head(found, index).manifest
     except (CorruptData, UnsupportedFormat):
@@ -194,7 +203,7 @@ async def install(store: ObjectStore, index: str, data: Buffer, *, over_damage: 
             continue
         try:
             head = _head(found, index)
-        except NotFound:
+        except Ended:
             pass
         except CorruptData:
             if not over_damage:

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from engine.config import INDEX_NAME
 from engine.errors import CorruptData, EngineError, NotFound, UnsupportedFormat
 from engine.format import names
-from engine.index.commit import Head, end, load_head
+from engine.index.commit import Ended, Head, end, load_head
 from engine.index.sweep import names_held, names_kept_for_branches, names_of_successor
 from engine.store.base import ObjectStore
 
 _HEADS_AT_ONCE = 64
 
 
+class Survey(msgspec.Struct, frozen=True):
+    """All indices under a root, by name in order.
+
+    heads       those that can be read
+    unreadable  why the others cannot: damaged, or of a newer format
+    ended       names of deleted indices
+    """
+
+    heads: dict[str, Head]
+    unreadable: dict[str, EngineError]
+    ended: list[str]
+
+
 async def list_indices(store: ObjectStore) -> dict[str, Head]:
-    """Every index and its manifest in force, by name in order; an error if one of them cannot be read. A listing and one GET for each index."""
-    heads, unreadable = await survey(store)
-    for error in unreadable.values():
+    """Every index and its manifest in force, by name in order; an error if one of them cannot be read. A listing and one GET for each name."""
+    found = await survey(store)
+    for error in found.unreadable.values():
         raise error
-    return heads
+    return found.heads
 
 
-async def survey(store: ObjectStore) -> tuple[dict[str, Head], dict[str, EngineError]]:
-    """The same for those who look after all indices: (what can be read, why the others cannot: damaged, or of a newer format), by name.
+async def survey(store: ObjectStore) -> Survey:
+    """The same for those who look after all indices.
 
-    One bad index must not stop what is done for the others. A store that fails is an error here, too.
+    One bad index must not stop what is done for the others. A store that fails is an error here, too. A folder that has no CURRENT never was
+    an index: what lies there is somebody else's.
     """
     folders = [folder async for folder in store.list_folders("") if INDEX_NAME.fullmatch(folder)]
     bound = asyncio.Semaphore(_HEADS_AT_ONCE)
@@ -34,14 +50,30 @@ async def survey(store: ObjectStore) -> tuple[dict[str, Head], dict[str, EngineE
         async with bound:
             try:
                 return await load_head(store, name)
-            except NotFound:
-                return None  # what a deleted index left for its branches, or for garbage collection
-            except (CorruptData, UnsupportedFormat) as error:
+            except (Ended, CorruptData, UnsupportedFormat) as error:
                 return error
+            except NotFound:
+                return None
 
     found = dict(zip(folders, await asyncio.gather(*map(head_of, folders)), strict=True))
-    heads = {name: head for name, head in found.items() if isinstance(head, Head)}
-    return heads, {name: error for name, error in found.items() if isinstance(error, EngineError)}
+    return Survey(
+        heads={name: head for name, head in found.items() if isinstance(head, Head)},
+        unreadable={name: error for name, error in found.items() if isinstance(error, CorruptData | UnsupportedFormat)},
+        ended=[name for name, error in found.items() if isinstance(error, Ended)],
+    )
+
+
+async def left_something(store: ObjectStore, ended: list[str]) -> list[str]:
+    """Those deleted indices of which there is more than the deletion: shared by branches, or uploaded when it was too late. One LIST for each."""
+    bound = asyncio.Semaphore(_HEADS_AT_ONCE)
+
+    async def has_more(name: str) -> bool:
+        async with bound:
+            async for _ in store.list(names.of_index(name), after=names.current(name)):
+                return True
+            return False
+
+    return [name for name, more in zip(ended, await asyncio.gather(*map(has_more, ended)), strict=True) if more]
 
 
 async def drop(store: ObjectStore, index: str) -> bool:

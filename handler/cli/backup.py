@@ -86,8 +86,8 @@ def backup(
         reports = {}
         wished, damaged = [index] if index is not None else [], dict[str, EngineError]()
         if index is None:
-            heads, damaged = await survey(source)
-            wished = list(heads)
+            found_there = await survey(source)
+            wished, damaged = list(found_there.heads), dict(found_there.unreadable)
         with Reporter("MB") as report:
             for name in wished:
                 numbers: list[int] | None = None

@@ -15,24 +15,26 @@ from engine.index.commit import create
 from engine.index.indices import drop, survey
 from engine.index.plan import newest_codec
 from engine.index.reader import Snapshot
-from handler import wire
 from handler.problems import Problem, bad_request
 from handler.routes.endpoint import Call, Endpoint, Reply
 from handler.runtime import Runtime
+from handler.wire.answers import Configured, Deleted, IndexInfo, IndexSummary
+from handler.wire.requests import ConfigRequest, CreateRequest
+from handler.wire.translation import config_answer, index_config
 
 
 async def declare(call: Call) -> Reply:
-    body: wire.CreateRequest = call.body
+    body: CreateRequest = call.body
     if not INDEX_NAME.fullmatch(body.name):
         raise bad_request("an index name is 1 to 128 letters, digits, dots, dashes or underscores, the first a letter or digit")
     call.runtime.gate.admit_index(call.caller, body.name)
-    config = wire.index_config(body.config, call.runtime.settings.start_from_scratch)
+    config = index_config(body.config, call.runtime.settings.start_from_scratch)
     if await _is_alias(call.runtime, body.name):
         raise Problem("INDEX_ALREADY_EXISTS", body.name)
     head = await create(call.runtime.store, body.name, config)
     call.runtime.reader.remember_head(body.name, head)
     call.record.index, call.record.generation = body.name, head.manifest.generation
-    return Reply(wire.Configured(body.name, wire.config_answer(config), f"index '{body.name}' declared; add documents to it"))
+    return Reply(Configured(body.name, config_answer(config), f"index '{body.name}' declared; add documents to it"))
 
 
 async def _is_alias(runtime: Runtime, name: str) -> bool:
@@ -44,15 +46,15 @@ async def _is_alias(runtime: Runtime, name: str) -> bool:
 
 
 async def listed(call: Call) -> Reply:
-    heads, unreadable = await survey(call.runtime.store)
-    names = [name for name, head in heads.items() if head.manifest.dim is not None]
-    return Reply(call.runtime.gate.visible(call.caller, sorted([*names, *unreadable])))
+    found = await survey(call.runtime.store)
+    names = [name for name, head in found.heads.items() if head.manifest.dim is not None]
+    return Reply(call.runtime.gate.visible(call.caller, sorted([*names, *found.unreadable])))
 
 
 async def describe(call: Call) -> Reply:
     snapshot = await call.filled_snapshot()
     numbers = numbers_of(snapshot.manifest, await deleted_tokens(snapshot))
-    info = wire.IndexInfo(
+    info = IndexInfo(
         name=call.name,
         has_metadata=snapshot.has_metadata,
         metadata_count=snapshot.n_documents if snapshot.has_metadata else None,
@@ -101,9 +103,9 @@ def numbers_of(manifest: Manifest, deleted: Mapping[str, int] | None = None) -> 
     }
 
 
-def summary_of(name: str, manifest: Manifest) -> wire.IndexSummary:
+def summary_of(name: str, manifest: Manifest) -> IndexSummary:
     """An index's line in /health; one that is declared only shows zeros."""
-    summary = wire.IndexSummary(name=name, nbits=manifest.config.nbits, has_metadata=bool(manifest.columns), **numbers_of(manifest))
+    summary = IndexSummary(name=name, nbits=manifest.config.nbits, has_metadata=bool(manifest.columns), **numbers_of(manifest))
     if manifest.config.max_documents is not None:
         summary.max_documents = manifest.config.max_documents
     return summary
@@ -119,11 +121,11 @@ async def delete(call: Call) -> Reply:
             runtime.metrics.forgot_index(name)
         if not existed and await _is_alias(runtime, name):
             raise bad_request("this is an alias; forget it with DELETE /aliases/{alias}, or delete the index that it stands for")
-    return Reply(wire.Deleted(True, name))
+    return Reply(Deleted(True, name))
 
 
 async def configure(call: Call) -> Reply:
-    body: wire.ConfigRequest = call.body
+    body: ConfigRequest = call.body
     if body.max_documents == 0:
         raise bad_request("max_documents is at least 1; null or nothing removes the limit")
     snapshot = await call.snapshot()
@@ -131,7 +133,7 @@ async def configure(call: Call) -> Reply:
     config: IndexConfig = head.manifest.config
     limit = "no limit" if config.max_documents is None else f"at most {config.max_documents}"
     call.record.generation = head.manifest.generation
-    return Reply(wire.Configured(call.name, wire.config_answer(config), f"config updated: {limit} documents, effective at the next add"))
+    return Reply(Configured(call.name, config_answer(config), f"config updated: {limit} documents, effective at the next add"))
 
 
 _CONFIG = {
@@ -164,8 +166,8 @@ ENDPOINTS = (
         name="create_index",
         handle=declare,
         summary="Declare an index",
-        body=wire.CreateRequest,
-        answer=wire.Configured,
+        body=CreateRequest,
+        answer=Configured,
         request_example={"name": "papers", "config": {"nbits": 4}},
         answer_example={"name": "papers", "config": _CONFIG, "message": "index 'papers' declared; add documents to it"},
         errors=("INDEX_ALREADY_EXISTS",),
@@ -181,7 +183,7 @@ ENDPOINTS = (
         name="get_index",
         handle=describe,
         summary="Describe an index",
-        answer=wire.IndexInfo,
+        answer=IndexInfo,
         answer_example={
             "name": "papers",
             "num_documents": 2,
@@ -205,7 +207,7 @@ ENDPOINTS = (
         name="delete_index",
         handle=delete,
         summary="Delete an index",
-        answer=wire.Deleted,
+        answer=Deleted,
         answer_example={"deleted": True, "name": "papers"},
         errors=("BAD_REQUEST",),
         tag="indices",
@@ -218,8 +220,8 @@ ENDPOINTS = (
         name="update_config",
         handle=configure,
         summary="Set or remove the limit on documents",
-        body=wire.ConfigRequest,
-        answer=wire.Configured,
+        body=ConfigRequest,
+        answer=Configured,
         request_example={"max_documents": 1000},
         answer_example={"name": "papers", "config": _CONFIG, "message": "config updated: no limit documents, effective at the next add"},
         errors=("INDEX_NOT_FOUND", "CONFLICT"),

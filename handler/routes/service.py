@@ -11,11 +11,11 @@ import msgspec
 
 from engine.errors import EngineError
 from engine.index.indices import survey
-from handler import wire
 from handler.problems import Problem, unavailable
 from handler.routes.endpoint import Call, Endpoint, Reply
 from handler.routes.indices import summary_of
 from handler.runtime import Runtime, release
+from handler.wire.answers import Alive, Health
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
 MEDIA_TYPES = {  # Litestar adds the character set to text
@@ -32,11 +32,12 @@ async def health(call: Call) -> Reply:
     """NextPlaid's health. While the server drains it is 503, so that balancers look elsewhere."""
     _check_serving(call)
     runtime = call.runtime
-    heads, unreadable = await survey(runtime.store)
-    _note_unreadable(runtime, unreadable)
+    found = await survey(runtime.store)
+    heads = found.heads
+    _note_unreadable(runtime, found.unreadable)
     visible = runtime.gate.visible(call.caller, list(heads))
     is_known = runtime.gate.is_open or call.caller is not None  # where things lie is nothing for passers-by
-    answer = wire.Health(
+    answer = Health(
         status="healthy",
         version=release(),
         loaded_indices=sum(runtime.reader.known_head(name) is not None for name in visible),
@@ -67,7 +68,7 @@ def _check_serving(call: Call) -> None:
 
 async def live(call: Call) -> Reply:
     """The process answers. Says nothing about the store: restarting does not heal a store."""
-    return Reply(wire.Alive("alive"))
+    return Reply(Alive("alive"))
 
 
 async def ready(call: Call) -> Reply:
@@ -75,7 +76,7 @@ async def ready(call: Call) -> Reply:
     _check_serving(call)
     if not call.runtime.is_warm():
         raise unavailable("the server is warming up", 2.0)
-    return Reply(wire.Alive("ready"))
+    return Reply(Alive("ready"))
 
 
 async def metrics(call: Call) -> Reply:
@@ -143,7 +144,7 @@ ENDPOINTS = (
         name="root",
         handle=health,
         summary="Health, as GET /health",
-        answer=wire.Health,
+        answer=Health,
         answer_example=_HEALTH,
         tag="service",
         scope=None,
@@ -156,7 +157,7 @@ ENDPOINTS = (
         name="health",
         handle=health,
         summary="Health: release, memory, every index, the model",
-        answer=wire.Health,
+        answer=Health,
         answer_example=_HEALTH,
         tag="service",
         scope=None,
@@ -170,7 +171,7 @@ ENDPOINTS = (
         name="livez",
         handle=live,
         summary="The process answers",
-        answer=wire.Alive,
+        answer=Alive,
         answer_example={"status": "alive"},
         tag="service",
         scope=None,
@@ -183,7 +184,7 @@ ENDPOINTS = (
         name="readyz",
         handle=ready,
         summary="Requests are welcome",
-        answer=wire.Alive,
+        answer=Alive,
         answer_example={"status": "ready"},
         tag="service",
         scope=None,
