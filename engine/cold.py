@@ -25,7 +25,7 @@ import numpy as np
 from engine.config import ColdParams, SearchParams
 from engine.format import names
 from engine.format.codec_object import CodecHead, cell_ranges, head_range, read_cells, read_head
-from engine.format.envelope import Section
+from engine.format.envelope import Section, corrupt
 from engine.format.manifest import CodecRef, Manifest, SegmentRef
 from engine.format.records import Records, Sizes, ids_of_records
 from engine.format.segment import QuantisedReader
@@ -259,7 +259,7 @@ async def search_segment(
     pieces = await parts.read_exactly(reader.name, [window_range(reader, sizes, window) for window in windows])
     began = time.perf_counter()
     records = await parts.compute(reader.some_records, ordinals, pieces, sizes)
-    hits = await parts.compute(_score, scores, known.decoder, records, ordinals, params, mask, segment.base, stats)
+    hits = await parts.compute(_score, scores, known.decoder, records, ordinals, params, mask, segment, stats)
     stats.add_time("exact", began)
     return hits
 
@@ -337,18 +337,26 @@ def _score(
     ordinals: np.ndarray,
     params: SearchParams,
     mask: np.ndarray | None,
-    base: int,
+    segment: SegmentRef,
     stats: StageStats,
 ) -> ColdHits:
     """Exact scores of all documents that were read."""
     rows = np.arange(len(ordinals)) if mask is None else np.flatnonzero(mask[ordinals])
-    ids = ids_of_records(records) + base if len(ordinals) else np.empty(0, np.int64)
+    ids = _ids(records, segment) if len(ordinals) else np.empty(0, np.int64)
     exact = exact_ordinals(scores, scoring_records(records), decoder, rows)
     stats.n_reranked += len(rows)
     stats.n_tokens_scored += int(records.n_tokens[rows].sum())
     best = top_k(exact, params.k, ids[rows])
     best = best[np.isfinite(exact[best])]
     return ColdHits(ids[rows[best]], exact[best], ordinals[rows[best]], rows[best], records)
+
+
+def _ids(records: Records, segment: SegmentRef) -> np.ndarray:
+    """Document ids as the records say them, int64 (n,). CorruptData if one is none of the segment's."""
+    ids, expected = ids_of_records(records) + segment.base, (segment.first_id, segment.last_id)
+    if ids.min() < segment.first_id or ids.max() > segment.last_id:
+        raise corrupt("ids that the segment does not have", name=segment.id, section=Section.RECORDS, expected=expected, found=ids.min())
+    return ids
 
 
 def _policy(max_gets: int) -> ReadPolicy:

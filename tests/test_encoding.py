@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,70 +25,14 @@ from engine.encoding.onnx import OnnxEncoder
 from engine.encoding.pooling import pool_document, pool_tokens
 from engine.encoding.words import stem, words
 from engine.errors import CorruptData, InvalidRequest, NotFound, Unavailable
+from fuzz.encoders import IDS, VOCABULARY, tiny_network, tiny_tokenizer
 
-# --- a network written by hand -----------------------------------------------------------------------------------------------------------
-# Protocol buffers need twenty lines here; the package `onnx` would be a heavy dependency for one file. The network answers each position
-# with [token id, attention mask, token type, attended positions of the text], so a test reads from the output exactly what was fed.
-
-
-def _varint(value: int) -> bytes:
-    out = b""
-    while value > 0x7F:
-        out += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return out + bytes([value])
-
-
-def _field(number: int, value: int | bytes | str) -> bytes:
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _node(op: str, inputs: Sequence[str], output: str, **attributes: int) -> bytes:
-    made = b"".join(_field(1, name) for name in inputs) + _field(2, output) + _field(3, output) + _field(4, op)
-    for name, value in attributes.items():
-        made += _field(5, _field(1, name) + _field(3, value) + _field(20, 2))
-    return _field(1, made)
-
-
-def _value(number: int, name: str, element_type: int, dims: Sequence[str | int]) -> bytes:
-    shape = b"".join(_field(1, _field(2, dim) if isinstance(dim, str) else _field(1, dim)) for dim in dims)
-    return _field(number, _field(1, name) + _field(2, _field(1, _field(1, element_type) + _field(2, shape))))
-
-
-def tiny_network(token_types: bool = True) -> bytes:
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if token_types else [])]
-    graph = b""
-    for name in names:
-        graph += _node("Cast", [name], f"{name}_f", to=1) + _node("Unsqueeze", [f"{name}_f", "last"], f"{name}_3")
-    third = "token_type_ids_3" if token_types else "attention_mask_3"
-    graph += _node("ReduceSum", ["attention_mask_f", "last_int"], "total", keepdims=1) + _node("Unsqueeze", ["total", "last"], "total_3")
-    graph += _node("Mul", ["attention_mask_3", "zero"], "nothing") + _node("Add", ["nothing", "total_3"], "totals")
-    graph += _node("Concat", ["input_ids_3", "attention_mask_3", third, "totals"], "output", axis=2)
-    graph += _field(2, "tiny")
-    graph += _field(5, _field(1, 1) + _field(2, 7) + _field(8, "last") + _field(9, struct.pack("<q", 2)))
-    graph += _field(5, _field(1, 1) + _field(2, 7) + _field(8, "last_int") + _field(9, struct.pack("<q", 1)))
-    graph += _field(5, _field(1, 1) + _field(2, 1) + _field(8, "zero") + _field(9, struct.pack("<f", 0.0)))
-    for name in names:
-        graph += _value(11, name, 7, ["batch", "length"])
-    graph += _value(12, "output", 1, ["batch", "length", 4])
-    return _field(1, 8) + _field(8, _field(1, "") + _field(2, 17)) + _field(7, graph)
-
-
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[Q]", "[D]", "the", "bee", "finds", "a", "flower", ".", ","]
-IDS = {word: i for i, word in enumerate(VOCABULARY)}
+# --- a model folder of a network written by hand (fuzz/encoders.py) ---------------------------------------------------------------------------
 
 
 def write_tokenizer(path: Path, pad_to: int | None = None) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="the extra `encoder` is not installed")
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(IDS, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    if pad_to:
-        made.enable_padding(length=pad_to, pad_id=0, pad_token="[PAD]")
-    made.save(str(path))
+    pytest.importorskip("tokenizers", reason="the extra `encoder` is not installed")
+    path.write_text(tiny_tokenizer(pad_to))
 
 
 def write_model(path: Path, *, int8: bool = False, network: bytes | None = None, pad_to: int | None = None, **config: object) -> Path:

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from engine.config import MAX_DIM, MAX_DOCUMENT_TOKENS, MAX_QUERY_TOKENS
 from engine.encoding.encoder import ModelInfo, flatten
 from engine.encoding.folder import CONFIG_FILE, TOKENIZER_FILE, check_folder, model_file
 from engine.encoding.pooling import pool_tokens
-from engine.errors import CorruptData, InvalidRequest
+from engine.errors import CorruptData, EngineError, InvalidRequest
 
 DEFAULT_BATCH_SIZE = 32
 """Texts per run of a float32 network on a CPU (NextPlaid's value). An int8 network scales its activations by the whole batch, so there a
@@ -33,6 +35,12 @@ MAX_BATCH_TOKENS = 4096
 
 MIN_LENGTH = 3
 """[CLS], prefix, [SEP]: shorter limits leave no room for a word."""
+
+MAX_TOKEN_ID = (1 << 31) - 1
+"""Of ids in the settings; tokenizers' own are 32-bit."""
+
+MAX_REASON = 400
+"""Characters of what a library says of a file; it may quote much of it."""
 
 
 class OnnxConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,8 +100,10 @@ class OnnxEncoder:
         """
         check_folder(folder, int8)
         config = read_config(folder / CONFIG_FILE)
-        self._query_length = _checked_length("query_length", query_length or config.query_length)
-        self._document_length = _checked_length("document_length", document_length or config.document_length)
+        self._query_length = _checked_length("query_length", query_length or config.query_length, MAX_QUERY_TOKENS)
+        self._document_length = _checked_length("document_length", document_length or config.document_length, MAX_DOCUMENT_TOKENS)
+        if not 1 <= config.embedding_dim <= MAX_DIM:
+            raise _contradiction("embedding_dim is no dimension of a vector", f"1 to {MAX_DIM}", config.embedding_dim)
         if batch_size is None:
             batch_size = 1 if int8 else DEFAULT_BATCH_SIZE
         if batch_size < 1 or n_threads < 0:
@@ -101,7 +111,8 @@ class OnnxEncoder:
         self._config = config
         self._tokenizer = _open_tokenizer(folder / TOKENIZER_FILE)
         self._session = _open_session(folder / model_file(int8), n_threads)
-        _check_graph(self._session, config)
+        with _libraries(f"{model_file(int8)} does not describe itself", object=str(folder)):
+            _check_graph(self._session, config)
         self._query_prefix_id = self._prefix_id("query", config.query_prefix_id, config.query_prefix)
         self._document_prefix_id = self._prefix_id("document", config.document_prefix_id, config.document_prefix)
         self._mask_id = self._special_id(config.mask_token_id, OnnxConfig().mask_token_id, ("[MASK]", "<mask>"))
@@ -146,7 +157,9 @@ class OnnxEncoder:
         if self._config.do_lower_case:
             prepared = [text.lower() for text in prepared]
         found = []
-        for encoding in self._tokenizer.encode_batch(prepared):
+        with _libraries(f"{TOKENIZER_FILE} cannot cut texts into tokens", object=self.info.path):
+            encodings = self._tokenizer.encode_batch(prepared)
+        for encoding in encodings:
             # A tokenizer.json may carry its own padding; only the leading run of attended tokens is the text.
             ids = list(itertools.compress(encoding.ids, itertools.takewhile(bool, encoding.attention_mask)))
             if len(ids) > max_length - 1:
@@ -167,10 +180,9 @@ class OnnxEncoder:
             feeds = {"input_ids": ids, "attention_mask": mask}
             if self._config.uses_token_type_ids:
                 feeds["token_type_ids"] = np.zeros_like(ids)
-            vectors = self._session.run(["output"], feeds)[0]
-            expected = (len(batch), width, self._config.embedding_dim)
-            if vectors.shape != expected:
-                raise _contradiction("the network's output has another shape than its settings promise", expected, vectors.shape)
+            with _libraries("the network does not run", object=self.info.path):
+                vectors = self._session.run(["output"], feeds)[0]
+            _check_output(vectors, (len(batch), width, self._config.embedding_dim))
             for row, i in enumerate(batch):
                 outputs[i] = vectors[row, : lengths[i]]
         return outputs
@@ -178,7 +190,7 @@ class OnnxEncoder:
     def _prefix_id(self, role: str, token_id: int | None, prefix: str) -> int:
         """The prefix's token id: from the settings, else the vocabulary's (as written, else without its blanks)."""
         if token_id is not None:
-            return token_id
+            return _checked_id(f"{role}_prefix_id", token_id)
         for candidate in (prefix, prefix.strip()):
             found = self._tokenizer.token_to_id(candidate)
             if found is not None:
@@ -192,7 +204,7 @@ class OnnxEncoder:
     def _special_id(self, configured: int, default: int, names: tuple[str, ...]) -> int:
         """An id that equals NextPlaid's default may just not have been set: then the tokenizer's own wins."""
         if configured != default:
-            return configured
+            return _checked_id(names[0], configured)
         found = (self._tokenizer.token_to_id(name) for name in names)
         return next((int(i) for i in found if i is not None), configured)
 
@@ -207,10 +219,39 @@ def _batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
         start += size
 
 
-def _checked_length(name: str, value: int) -> int:
-    if value < MIN_LENGTH:
-        raise InvalidRequest(f"{name} is at least {MIN_LENGTH} tokens", length=value)
+def _checked_length(name: str, value: int, most: int) -> int:
+    if not MIN_LENGTH <= value <= most:
+        raise InvalidRequest(f"{name} is {MIN_LENGTH} to {most} tokens", length=value)
     return value
+
+
+def _checked_id(name: str, value: int) -> int:
+    if not 0 <= value <= MAX_TOKEN_ID:
+        raise _contradiction(f"an id in {CONFIG_FILE} is none", name, value)
+    return value
+
+
+def _check_output(vectors: Any, expected: tuple[int, int, int]) -> None:
+    """What a network returned, which may be anything. Raises CorruptData (malformed)."""
+    if not isinstance(vectors, np.ndarray) or vectors.shape != expected:
+        found = getattr(vectors, "shape", type(vectors).__name__)
+        raise _contradiction("the network's output has another shape than its settings promise", expected, found)
+    if vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+        raise _contradiction("the network's output is not what vectors are", "finite float32", vectors.dtype)
+
+
+@contextmanager
+def _libraries(message: str, **facts: object) -> Iterator[None]:
+    """CorruptData (malformed) for whatever onnxruntime or tokenizers raise over a file that they opened.
+
+    Their exceptions share no base class, and a panic of Rust code is not even an Exception.
+    """
+    try:
+        yield
+    except (EngineError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CorruptData(f"{message}: {str(error)[:MAX_REASON]}", code="malformed", **facts) from error
 
 
 def _contradiction(message: str, expected: object, found: object) -> CorruptData:
@@ -222,10 +263,8 @@ def _open_tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as missing:
         raise InvalidRequest("this model needs the package tokenizers: install tartan[encoder]") from missing
-    try:
+    with _libraries(f"{TOKENIZER_FILE} does not parse", object=str(path)):
         return Tokenizer.from_file(str(path))
-    except Exception as wrong:  # the library raises bare Exception for a file it cannot read
-        raise CorruptData(f"{TOKENIZER_FILE} does not parse: {wrong}", code="malformed", object=str(path)) from wrong
 
 
 def _open_session(path: Path, n_threads: int) -> Any:
@@ -238,10 +277,8 @@ def _open_session(path: Path, n_threads: int) -> Any:
     options.inter_op_num_threads = 1
     # Idle threads that spin take the processor from scoring, which runs in the same process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
+    with _libraries(f"{path.name} is not a network that onnxruntime can open", object=str(path)):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as wrong:  # onnxruntime's exceptions share no base class
-        raise CorruptData(f"{path.name} is not a network that onnxruntime can open: {wrong}", code="malformed", object=str(path)) from wrong
 
 
 def _check_graph(session: Any, config: OnnxConfig) -> None:

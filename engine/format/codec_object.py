@@ -140,6 +140,8 @@ def read_codec(data: Buffer, *, name: str, ref: CodecRef | None = None) -> Codec
     header, parts = parse(data, name=name, kind=Kind.CODEC)
     if ref is not None and header.sections != ref.sections:
         raise corrupt("codec is not the one that the manifest names", name=name, expected=ref.id, found="another section table")
+    if tuple(section.id for section in header.sections[: len(HEAD)]) != HEAD:
+        raise corrupt("sections of a codec lie in another order", name=name, expected=HEAD, found=[ref.id for ref in header.sections])
     meta = _read_meta(header, parts, name)
     head = _read_head(meta.dim, meta.nbits, parts, name)
     cell_offsets = _array(parts, Section.CELL_OFFSETS, "<u4", (meta.n_cells + 1,), name).astype(np.int64)
@@ -153,9 +155,7 @@ def read_codec(data: Buffer, *, name: str, ref: CodecRef | None = None) -> Codec
     blocks = [centroids.data[a:b] for a, b in _cell_ranges(cell_offsets, meta.dim, range(meta.n_cells))]
     if any(checksum(block) != expected for block, expected in zip(blocks, checksums, strict=True)):
         raise corrupt("checksums of cells are not those of the centroids", name=name, section=Section.CENTROID_CHECKSUMS)
-    scales, rows = _split_blocks(blocks, np.diff(cell_offsets), meta.dim)
-    if not _is_sane(scales):
-        raise corrupt("scales of centroids are not sane numbers", name=name, section=Section.CENTROIDS, expected=f"at most {MAX_VALUE}")
+    scales, rows = _split_blocks(blocks, np.diff(cell_offsets), meta.dim, name)
     return Codec(
         dim=meta.dim,
         nbits=meta.nbits,
@@ -192,8 +192,11 @@ def describe_codec(data: Buffer, codec_id: str, *, name: str, home: str = "") ->
 
 
 def head_range(ref: CodecRef) -> tuple[int, int]:
-    """Byte range of the sections that read_head wants: one request."""
-    return ref.section(HEAD[0]).offset, ref.section(HEAD[-1]).end
+    """Byte range of the sections that read_head wants: one request. CorruptData if they do not lie together."""
+    start, end = ref.section(HEAD[0]).offset, ref.section(HEAD[-1]).end
+    if not all(start <= ref.section(section).offset < end for section in HEAD):
+        raise corrupt("sections of a codec lie in another order", name=ref.id, range=(start, max(start, end)), expected=HEAD)
+    return start, end
 
 
 def read_head(ref: CodecRef, data: Buffer, *, name: str) -> CodecHead:
@@ -229,7 +232,7 @@ def read_cells(ref: CodecRef, cells: Sequence[int] | np.ndarray, blocks: Sequenc
                 code="checksum-mismatch",
             )
     codes = [np.arange(offsets[cell], offsets[cell + 1]) for cell in cells]
-    scales, rows = _split_blocks(blocks, np.array([len(part) for part in codes], np.int64), ref.dim)
+    scales, rows = _split_blocks(blocks, np.array([len(part) for part in codes], np.int64), ref.dim, name)
     return np.concatenate([np.empty(0, np.int64), *codes]), rows.astype(np.float32) * scales[:, None]
 
 
@@ -237,13 +240,16 @@ def _cell_ranges(cell_offsets: np.ndarray, dim: int, cells: Sequence[int] | np.n
     return [(int(cell_offsets[cell]) * (dim + 4), int(cell_offsets[cell + 1]) * (dim + 4)) for cell in cells]
 
 
-def _split_blocks(blocks: Sequence[Buffer], counts: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scales float32 (C,) and centroids int8 (C, D) of consecutive cell blocks."""
+def _split_blocks(blocks: Sequence[Buffer], counts: np.ndarray, dim: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scales float32 (C,) and centroids int8 (C, D) of consecutive cell blocks. Raises CorruptData for scales that are not sane."""
     scales, rows = [np.empty(0, np.float32)], [np.empty((0, dim), np.int8)]
     for block, n in zip(blocks, counts.tolist(), strict=True):
         scales.append(np.frombuffer(block, "<f4", n))
         rows.append(np.frombuffer(block, np.int8, n * dim, 4 * n).reshape(n, dim))
-    return np.concatenate(scales), np.concatenate(rows)
+    joined = np.concatenate(scales)
+    if not _is_sane(joined):
+        raise corrupt("scales of centroids are not sane numbers", name=name, section=Section.CENTROIDS, expected=f"at most {MAX_VALUE}")
+    return joined, np.concatenate(rows)
 
 
 def _read_meta(header: Header, parts: dict[int, memoryview], name: str) -> CodecMeta:

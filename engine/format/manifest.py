@@ -304,6 +304,8 @@ def _codec_problem(codec: CodecRef, dim: int) -> str | None:
     cell_offsets = codec.cell_offsets_array()
     if cell_offsets[0] or cell_offsets[-1] != codec.n_centroids or (cell_offsets[1:] < cell_offsets[:-1]).any():
         return "cell_offsets"
+    if (np.frombuffer(codec.coarse, "<u2") & 0x7C00).max() == 0x7C00:  # an exponent of ones: infinite or no number
+        return "coarse"
     return None if _length(codec.sections, Section.CENTROIDS) == codec.n_centroids * (dim + 4) else "length of centroids"
 
 

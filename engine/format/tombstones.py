@@ -29,6 +29,6 @@ def read_tombstones(data: Buffer, ref: TombstoneRef, n_documents: int, *, name: 
         raise corrupt("not the tombstones that the manifest names", name=name, expected=ref.checksum, found=found, code="checksum-mismatch")
     ordinals = np.frombuffer(parts[Section.ORDINALS], "<u4", section.length // 4).astype(np.int64)
     rising = bool((np.diff(ordinals) > 0).all())
-    if section.length != 4 * ref.n_deleted or not rising or ordinals[-1] >= n_documents:
+    if section.length != 4 * ref.n_deleted or not len(ordinals) or not rising or ordinals[-1] >= n_documents:
         raise corrupt("tombstones are impossible", name=name, section=Section.ORDINALS, expected=ref.n_deleted, found=len(ordinals))
     return ordinals

@@ -62,12 +62,13 @@ def _once(targets: list[str], path: Path) -> int:
 
 def _all(targets: list[str], engine: str, seconds: float, seed: int) -> int:
     folder = Path(tempfile.mkdtemp(prefix="tartan-fuzz-"))
-    print(f"{'target':<12} {'engine':<10} {'inputs':>9} {'accepted':>9} {'per CPU s':>9}")
+    print(f"{'target':<12} {'engine':<10} {'inputs':>9} {'accepted':>9} {'CPU s':>7} {'per CPU s':>9}")
     n_findings = n_inputs = 0
     for name in targets:
         outcome = _one(name, engine, seconds / len(targets), seed, folder)
         rate = outcome.n_inputs / outcome.seconds if outcome.seconds else 0.0
-        print(f"{name:<12} {outcome.engine:<10} {outcome.n_inputs:>9} {outcome.n_accepted:>9} {rate:>9.0f}", flush=True)
+        counted = f"{outcome.n_inputs:>9} {outcome.n_accepted:>9} {outcome.seconds:>7.1f} {rate:>9.0f}"
+        print(f"{name:<12} {outcome.engine:<10} {counted}", flush=True)
         n_inputs += outcome.n_inputs
         if outcome.finding:
             n_findings += 1

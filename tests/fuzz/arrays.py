@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from engine.index.bulk import Source
-from engine.transfer import vectors
+from engine.transfer.arrays import open_npy
+from engine.transfer.input_kind import kind_of
+from engine.transfer.npz import open_npz
+from engine.transfer.text_lines import TextLines
+from engine.transfer.vector_lines import VectorLines
 from handler.routes.uploads import _Bytes, _from_source
 
 from .mutation import mutated, mutated_json
@@ -57,7 +61,7 @@ def read_npy(data: bytes) -> bool:
     accepted, found = asked(lambda: _taken_npy(*files))
     if accepted:
         own = np.load(io.BytesIO(data[1:]), allow_pickle=False)
-        tokens = np.concatenate([block.tokens for block in vectors.open_npy(_Bytes(files[0]), _Bytes(files[1])).blocks(0)])
+        tokens = np.concatenate([block.tokens for block in open_npy(_Bytes(files[0]), _Bytes(files[1])).blocks(0)])
         if is_tokens:
             is_equal(tokens.tobytes(), own.astype(tokens.dtype).tobytes(), "tokens")
         is_equal(found[1], 6, "tokens of a source")
@@ -65,7 +69,7 @@ def read_npy(data: bytes) -> bool:
 
 
 def _taken_npy(tokens: bytes, lengths: bytes) -> tuple[int, int]:
-    return taken(vectors.open_npy(_Bytes(tokens), _Bytes(lengths)))
+    return taken(open_npy(_Bytes(tokens), _Bytes(lengths)))
 
 
 def _npys() -> list[bytes]:
@@ -87,9 +91,9 @@ NPY = Target("npy", ".npy arrays of tokens and of lengths", read_npy, _npys, _NP
 
 
 def read_npz(data: bytes) -> bool:
-    accepted, _ = asked(lambda: taken(vectors.open_npz(_Bytes(data))))
+    accepted, _ = asked(lambda: taken(open_npz(_Bytes(data))))
     if accepted and data.startswith(b"PK\x03\x04"):  # numpy goes by the first bytes, zipfile by the last
-        blocks = list(vectors.open_npz(_Bytes(data)).blocks(0))
+        blocks = list(open_npz(_Bytes(data)).blocks(0))
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             names = [name for name in ("tokens", "embeddings") if name in archive]
             is_equal(np.concatenate([block.tokens for block in blocks]).shape, archive[names[0]].shape, "tokens")
@@ -128,13 +132,13 @@ def _hashed(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def read_lines(data: bytes) -> bool:
     """As `tartan index` does: what kind it is decides who reads it."""
-    accepted, kind = asked(lambda: vectors.kind_of(_Bytes(data)))
+    accepted, kind = asked(lambda: kind_of(_Bytes(data)))
     if not accepted or kind not in ("vectors", "texts"):
         return False
     if kind == "vectors":
-        accepted, _ = asked(lambda: taken(vectors.VectorLines(_Bytes(data))))
+        accepted, _ = asked(lambda: taken(VectorLines(_Bytes(data))))
     else:
-        accepted, _ = asked(lambda: taken(vectors.TextLines(_Bytes(data), _hashed, encoder="none")))
+        accepted, _ = asked(lambda: taken(TextLines(_Bytes(data), _hashed, encoder="none")))
     return accepted
 
 

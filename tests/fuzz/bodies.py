@@ -14,8 +14,20 @@ import numpy as np
 
 from engine.errors import EngineError
 from engine.metadata import schema
-from handler import wire
 from handler.routes.table import ENDPOINTS
+from handler.wire.bodies import encode, read_body
+from handler.wire.matrices import check_dimensions, document_arrays, matrix, query_matrices
+from handler.wire.requests import (
+    CreateRequest,
+    FilteredSearchRequest,
+    FilteredTextSearchRequest,
+    SearchRequest,
+    TextSearchRequest,
+    UpdateRequest,
+    UpdateTextsRequest,
+    Vectors,
+)
+from handler.wire.translation import index_config, metadata_rows, parse_time, search_params, subset_ids
 
 from .mutation import mutated_json
 from .target import Target, Wrong, asked, is_equal
@@ -26,11 +38,11 @@ KINDS: tuple[Any, ...] = tuple(dict.fromkeys(endpoint.body for endpoint in ENDPO
 def read(data: bytes) -> bool:
     """The first byte says which body; the rest is its JSON. What is read must be written so that it reads the same."""
     kind = KINDS[data[0] % len(KINDS)] if data else KINDS[0]
-    accepted, body = asked(lambda: wire.read_body(data[1:], kind))
+    accepted, body = asked(lambda: read_body(data[1:], kind))
     if not accepted:
         return False
-    written = wire.encode(body)
-    is_equal(wire.encode(wire.read_body(written, kind)), written, kind.__name__)
+    written = encode(body)
+    is_equal(encode(read_body(written, kind)), written, kind.__name__)
     for use in _USES.get(kind, ()):
         with contextlib.suppress(EngineError):
             asked(lambda use=use: use(body))  # type: ignore[misc]
@@ -38,15 +50,15 @@ def read(data: bytes) -> bool:
 
 
 def _documents(body: Any) -> None:
-    matrices = wire.document_arrays(body.documents)
-    wire.check_dimensions(matrices, None) if matrices else None
+    matrices = document_arrays(body.documents)
+    check_dimensions(matrices, None) if matrices else None
     for values in matrices:
         if not np.isfinite(values).all():
             raise Wrong("a vector that is not finite passed")
 
 
 def _rows(body: Any) -> None:
-    rows = wire.metadata_rows(body.metadata, len(body.documents))
+    rows = metadata_rows(body.metadata, len(body.documents))
     if rows is not None:
         columns, stored, _ = schema.extend((), rows)
         again = schema.extend(columns, stored)
@@ -55,26 +67,26 @@ def _rows(body: Any) -> None:
 
 def _search(body: Any) -> None:
     for n_documents in (0, 3, 1 << 40):
-        params = wire.search_params(body.params, n_documents)
+        params = search_params(body.params, n_documents)
         if not 0 <= params.k <= n_documents or params.n_candidates > max(1 << 40, n_documents):
             raise Wrong(f"impossible parameters: {params}")
     subset = getattr(body, "subset", None)
     if subset is not None:
-        is_equal(wire.subset_ids(subset).tolist(), sorted(set(subset)), "subset")
+        is_equal(subset_ids(subset).tolist(), sorted(set(subset)), "subset")
     if isinstance(body.as_of, str):
-        wire.parse_time(body.as_of)
+        parse_time(body.as_of)
     if body.queries and not isinstance(body.queries[0], str):
-        wire.query_matrices(body.queries)
+        query_matrices(body.queries)
 
 
 _USES: dict[Any, tuple[Callable[[Any], None], ...]] = {
-    wire.UpdateRequest: (_documents, _rows),
-    wire.UpdateTextsRequest: (_rows,),
-    wire.SearchRequest: (_search,),
-    wire.FilteredSearchRequest: (_search,),
-    wire.TextSearchRequest: (_search,),
-    wire.FilteredTextSearchRequest: (_search,),
-    wire.CreateRequest: (lambda body: wire.index_config(body.config, 999),),
+    UpdateRequest: (_documents, _rows),
+    UpdateTextsRequest: (_rows,),
+    SearchRequest: (_search,),
+    FilteredSearchRequest: (_search,),
+    TextSearchRequest: (_search,),
+    FilteredTextSearchRequest: (_search,),
+    CreateRequest: (lambda body: index_config(body.config, 999),),
 }
 
 
@@ -92,7 +104,7 @@ def _seeds() -> list[bytes]:
     }  # fmt: skip
     rows = [{"title": "x", "n": 1, "r": 1.5, "b": True, "l": [1, {"a": None}], "z": None, "_subset_": 4}, {"n": "12", "r": 3}]
     update = {"documents": [vectors, {**vectors, "dtype": "float16", "shape": [3, 4]}], "metadata": rows, "ids": ["a", "b"]}
-    for kind, example in ((wire.SearchRequest, full), (wire.UpdateRequest, update)):
+    for kind, example in ((SearchRequest, full), (UpdateRequest, update)):
         found.append(bytes([KINDS.index(kind)]) + json.dumps(example).encode())
     return found
 
@@ -124,10 +136,10 @@ BODIES = Target("bodies", "JSON of every request body", read, _seeds, _TOKENS, _
 
 def read_base64(data: bytes) -> bool:
     """JSON of one matrix: what is taken is what Python's own base64 and struct make of it."""
-    accepted, item = asked(lambda: wire.read_body(data, wire.Vectors))
+    accepted, item = asked(lambda: read_body(data, Vectors))
     if not accepted or item.embeddings_b64 is None or item.shape is None:
         return False
-    accepted, values = asked(lambda: wire.matrix(item, "it"))
+    accepted, values = asked(lambda: matrix(item, "it"))
     if not accepted:
         return False
     try:

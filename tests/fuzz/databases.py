@@ -10,8 +10,9 @@ from random import Random
 import numpy as np
 
 from engine.errors import CorruptData, InvalidRequest, Unavailable, UnsupportedFormat
-from engine.metadata import condition, keyword, schema
-from engine.metadata.database import Database, build
+from engine.metadata import condition, keyword_query, matching, schema
+from engine.metadata.database import Database
+from engine.metadata.database_file import build
 
 from .mutation import mutated
 from .target import Target, Wrong
@@ -59,8 +60,8 @@ def _ask(database: Database, columns: schema.Columns) -> bool:
         lambda: database.rows(None, TIMEOUT_S),
         lambda: database.rows(np.arange(min(2, n_rows)), TIMEOUT_S),
         lambda: database.texts(None, TIMEOUT_S),
-        lambda: keyword.match(keyword.compile_query("word1 OR loom*", database.tokenizer), database, timeout_s=TIMEOUT_S),
-        lambda: keyword.match(keyword.compile_query("NEAR(word1 loom)", database.tokenizer), database, timeout_s=TIMEOUT_S),
+        lambda: matching.match(keyword_query.compile_query("word1 OR loom*", database.tokenizer), database, timeout_s=TIMEOUT_S),
+        lambda: matching.match(keyword_query.compile_query("NEAR(word1 loom)", database.tokenizer), database, timeout_s=TIMEOUT_S),
     )
     for ask in questions:
         try:
@@ -96,6 +97,8 @@ HOSTILE: dict[str, tuple[str, ...]] = {
     "keywords lost their blocks": ("DELETE FROM fts_data",),
     "keywords of nonsense": ("UPDATE fts_data SET block = x'00ff00ff00ff'",),
     "sizes of nonsense": ("UPDATE fts_docsize SET sz = x'ffffffffffffffffff'",),
+    "sizes in another column": ("UPDATE sqlite_master SET sql = replace(sql, 'sz BLOB', 'cz BLOB')",),
+    "a keyword index spelt otherwise": ("UPDATE sqlite_master SET sql = replace(sql, 'fts_idx', 'fTs_idx') WHERE name = 'fts_idx'",),
     "another tokenizer": ("UPDATE facts SET tokenizer = 'porter'",),
     "an unknown column": ("ALTER TABLE rows ADD COLUMN strange TEXT",),
     "the wrong version": ("PRAGMA user_version = 2",),

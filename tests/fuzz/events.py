@@ -75,7 +75,8 @@ def hand_over(data: bytes) -> bool:
     headers = {name.lower(): value for name, value in (answer.get("headers") or {}).items()}
     headers |= {name.lower(): values[-1] for name, values in (answer.get("multiValueHeaders") or {}).items()}
     body = answer.get("body") or ""
-    return check_answer(Answer(answer["statusCode"], headers, base64.b64decode(body) if answer.get("isBase64Encoded") else body.encode()))
+    found = Answer(answer["statusCode"], headers, base64.b64decode(body) if answer.get("isBase64Encoded") else body.encode())
+    return check_answer(found, is_head=b"HEAD" in data)
 
 
 def _events() -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Model folders: the settings beside a network, and the record of what was fetched. The network and the tokenizer are other libraries' files."""
+"""Model folders: the settings beside a network, and the record of what was fetched. The network and the tokenizer are in encoders.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .target import Target, closed_later, is_equal, stored
 
 
 @cache
-def _folder() -> Path:
+def scratch_folder() -> Path:
+    """A folder of this process, gone when it ends."""
     root = Path(tempfile.mkdtemp(prefix="tartan-fuzz-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
@@ -55,7 +56,7 @@ class _Store:
 
 def read_folder(data: bytes) -> bool:
     """As onnx_config.json, and as the record of fetched files, which is only a hint and never an error."""
-    path = _folder() / "onnx_config.json"
+    path = scratch_folder() / "onnx_config.json"
     path.write_bytes(data)
     accepted, config = stored(lambda: read_config(path))
     if accepted:
@@ -63,9 +64,9 @@ def read_folder(data: bytes) -> bool:
         path.write_bytes(again)
         is_equal(msgspec.json.encode(read_config(path)), again, "settings of a model")
         assert MIN_LENGTH > 0
-    fetched = _runner().run(load_from_store(_Store(), "m", _folder()))
+    fetched = _runner().run(load_from_store(_Store(), "m", scratch_folder()))
     (fetched / "fetched.json").write_bytes(data)
-    _runner().run(load_from_store(_Store(), "m", _folder()))
+    _runner().run(load_from_store(_Store(), "m", scratch_folder()))
     is_equal((fetched / "model.onnx").read_bytes(), b"{}", "a fetched file")
     return accepted
 

@@ -1,4 +1,4 @@
-"""Stored objects: the frame, CURRENT and manifests, tombstones, patches, markers, segments, codecs.
+"""Stored objects: the frame, CURRENT and manifests, tombstones, patches, markers. Segments and codecs have files of their own.
 
 Each is tried twice: with bytes changed, when its checksums must notice, and with bytes changed and checksums made anew, as a forger or a
 wrong writer would leave it, when its rules must. What passes the rules must be written again as the same thing.
@@ -6,7 +6,6 @@ wrong writer would leave it, when its rules must. What passes the rules must be 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -14,49 +13,24 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import xxhash
 
-from engine.codec.bitpack import row_bytes
-from engine.format import codec_object, envelope, manifest, markers, patch, postings, segment, tombstones
+from engine.errors import NotFound
+from engine.format import codec_object, envelope, manifest, markers, patch, tombstones
 from engine.format.envelope import Kind, Section
-from engine.format.fields import decode_fields
-from engine.format.manifest import Manifest, ObjectRef, SegmentRef, TombstoneRef
+from engine.format.manifest import Manifest, ObjectRef, TombstoneRef
 from engine.format.verify import verify_segment
+from engine.index import commit
+from engine.store.base import Object
 
 from .mutation import mutated
-from .target import Target, is_equal, stored
+from .sealing import resealed, with_sections
+from .target import Target, Wrong, is_equal, stored
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "v1"
-_HEADER_BYTES, _ROW_BYTES = 32, 32
 
 
 def golden(name: str) -> bytes:
     return (GOLDEN / name).read_bytes()
-
-
-def resealed(data: bytes) -> bytes:
-    """The same bytes with every checksum of the frame made anew, as far as its table can be read."""
-    found = bytearray(data)
-    if len(found) < _HEADER_BYTES:
-        return data
-    (n_sections,) = struct.unpack_from("<I", found, 12)
-    table_end = _HEADER_BYTES + _ROW_BYTES * n_sections
-    if n_sections > 64 or table_end > len(found):
-        return data
-    for at in range(_HEADER_BYTES, table_end, _ROW_BYTES):
-        offset, length = struct.unpack_from("<QQ", found, at + 8)
-        if offset + length <= len(found):
-            struct.pack_into("<Q", found, at + 24, xxhash.xxh3_64_intdigest(found[offset : offset + length]))
-    struct.pack_into("<Q", found, 24, xxhash.xxh3_64_intdigest(found[:24] + found[_HEADER_BYTES:table_end]))
-    return bytes(found)
-
-
-def with_sections(data: bytes, change: Callable[[dict[int, bytes]], None]) -> bytes:
-    """A sound object with its sections changed: laid out, summed and sealed as a writer would."""
-    header, parts = envelope.parse(data, name="x")
-    contents: dict[int, bytes] = {number: bytes(part) for number, part in parts.items()}
-    change(contents)
-    return bytes(envelope.build(header.kind, contents.items())[0])
 
 
 def mutated_object(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
@@ -104,6 +78,7 @@ _ALL = (
     "sweep",
     "alias",
     "build",
+    "deletion",
     "codec",
     "segment_flat",
     "segment_flat_ids",
@@ -124,6 +99,7 @@ ENVELOPE = Target("envelope", "the frame of every object", read_envelope, _small
 def read_manifest(data: bytes) -> bool:
     def read(data: bytes) -> bool:
         accepted, found = stored(lambda: manifest.decode_manifest(data, name="CURRENT"))
+        is_equal(_opened(data), found, "CURRENT")
         if accepted:
             is_equal(manifest.decode_manifest(manifest.encode_manifest(found), name="again"), found, "manifest")
             for codec in found.codecs:
@@ -133,11 +109,23 @@ def read_manifest(data: bytes) -> bool:
     return both(data, read)
 
 
+def _opened(data: bytes) -> Manifest | None:
+    """As an index is opened: CURRENT may hold a deletion too, which is no damage and no index."""
+    try:
+        return stored(lambda: commit._head(Object(data, "tag"), "papers").manifest)[1]  # type: ignore[no-any-return]
+    except Wrong as wrong:
+        if not isinstance(wrong.__cause__, NotFound):
+            raise
+    is_equal(envelope.parse_header(data, name="x").kind, Kind.DELETION, "what NotFound was said of")
+    markers.read_marker(data, markers.Deletion, name="x")
+    return None
+
+
 def _manifests() -> list[bytes]:
     whole = manifest.decode_manifest(golden("manifest"), name="x")
     empty = msgspec.structs.replace(whole, dim=None, codecs=(), segments=(), columns=())
     flat = msgspec.structs.replace(whole, codecs=(), segments=whole.segments[:1])
-    return [golden("manifest"), manifest.encode_manifest(empty), manifest.encode_manifest(flat)]
+    return [golden("manifest"), golden("deletion"), manifest.encode_manifest(empty), manifest.encode_manifest(flat)]
 
 
 def mutated_body(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
@@ -197,7 +185,7 @@ PATCH = Target("patch", "patches of metadata", read_patch, lambda: [golden("patc
 
 
 def read_marker(data: bytes) -> bool:
-    """As each of the six kinds: pins, branches, sweeps, aliases, builds, uploads."""
+    """As each of the kinds: pins, branches, sweeps, aliases, builds, uploads, deletions."""
 
     def read(data: bytes) -> bool:
         found = False
@@ -217,118 +205,22 @@ def read_marker(data: bytes) -> bool:
 
 def _markers() -> list[bytes]:
     upload = markers.Upload(created_s=1.5, index_id="01KATR0000000000000000000A", generation=3, first_id=0, last_id=9)
-    return [*(golden(name) for name in ("pin", "branch", "sweep", "alias", "build")), markers.write_marker(upload)]
+    return [*(golden(name) for name in ("pin", "branch", "sweep", "alias", "build", "deletion")), markers.write_marker(upload)]
 
 
-MARKER = Target("marker", "pins, branches, sweeps, aliases, builds, uploads", read_marker, _markers, mutate=mutated_body)
+MARKER = Target("marker", "pins, branches, sweeps, aliases, builds, uploads, deletions", read_marker, _markers, mutate=mutated_body)
 
 
-# Segments and codecs
+# What others share
 
 
-def _current() -> Manifest:
+def golden_manifest() -> Manifest:
     return manifest.decode_manifest(golden("manifest"), name="x")
-
-
-def read_segment(data: bytes) -> bool:
-    """By its own description, as repair reads it; if the manifest's rules let that pass, in every way a search reads it."""
-    return both(data, lambda data: _described(data) and _searched(data))
-
-
-def _described(data: bytes) -> bool:
-    return stored(lambda: segment.describe(data, _current().segments[0].id, name="x"))[0]
-
-
-def _searched(data: bytes) -> bool:
-    current = _current()
-    ref = segment.describe(data, current.segments[0].id, name="x")
-    is_flat = ref.kind == "flat"
-    codec = None if is_flat else current.codecs[0]
-    whole = msgspec.structs.replace(
-        current, segments=(msgspec.structs.replace(ref, codec="" if codec is None else codec.id),), next_id=manifest.MAX_ID
-    )
-    accepted, checked = stored(lambda: manifest.decode_manifest(envelope.build_body(Kind.MANIFEST, whole), name="x").segments[0])
-    if not accepted:
-        return False
-    if is_flat:
-        return _flat(data, checked)
-    hot = stored(lambda: _hot(data, checked))[0]
-    verified, _ = stored(lambda: verify_segment(data, checked, codec, 10, name="x"))
-    if verified:
-        assert hot, "deep verification passes what a search refuses"
-    return verified
-
-
-def _flat(data: bytes, ref: SegmentRef) -> bool:
-    accepted, flat = stored(lambda: segment.read_flat(ref, data, 10, name="x"))
-    verified, _ = stored(lambda: verify_segment(data, ref, None, 10, name="x"))
-    if not accepted:
-        return False
-    fields = stored(lambda: [decode_fields(blob, name="x", section=Section.FIELDS) for blob in flat.blobs or ()])[0]
-    if not verified or not fields:
-        return False
-    n = ref.n_documents
-    keys = flat.keys.by_ordinal(n) if flat.keys else None
-    counted = np.array_equal(flat.ids, ref.base + np.arange(n))
-    again = segment.write_flat(
-        ref.id, flat.tokens, flat.offsets, blobs=list(flat.blobs or ()), keys=keys, ids=None if counted else flat.ids, base=ref.base
-    )
-    twice = segment.read_flat(again.ref, again.data, 10, name="x")
-    is_equal(twice.tokens.tobytes(), flat.tokens.tobytes(), "tokens")
-    is_equal((twice.offsets.tolist(), twice.ids.tolist()), (flat.offsets.tolist(), flat.ids.tolist()), "documents")
-    is_equal(twice.keys.by_ordinal(n) if twice.keys else None, keys if keys and any(keys) else None, "keys")
-    return True
-
-
-def _hot(data: bytes, ref: SegmentRef) -> bool:
-    """What a warm process keeps of a quantised segment, and a cold read of some records."""
-    codec = _current().codecs[0]
-    reader = segment.QuantisedReader(ref, codec.cell_offsets_array(), row_bytes(10, codec.nbits), "x")
-    parts = reader.cut(data)
-    sizes = reader.sizes(parts[Section.SIZES])
-    reader.ids(parts[Section.IDS])
-    lists = reader.postings(parts[Section.POSTINGS])
-    section, _, _ = postings.write_postings(lists, reader.cell_offsets)
-    is_equal(section.tobytes(), bytes(parts[Section.POSTINGS]), "postings written again")
-    records = reader.records(parts[Section.RECORDS], sizes)
-    records.flat_codes()
-    ordinals = np.arange(0, len(sizes), 2)
-    start = ref.section(Section.RECORDS).offset
-    pieces = [parts[Section.RECORDS][first - start : last - start] for first, last in reader.record_ranges(ordinals, sizes)]
-    for blob in reader.some_records(ordinals, pieces, sizes).blobs:
-        decode_fields(blob, name="x", section=Section.RECORDS)
-    return True
-
-
-FLAT = Target("flat", "flat segments", read_segment, lambda: [golden("segment_flat"), golden("segment_flat_ids")], mutate=mutated_object)
-QUANTISED = Target("quantised", "quantised segments", read_segment, lambda: [golden("segment_quantised")], mutate=mutated_object)
-
-
-def read_codec(data: bytes) -> bool:
-    def read(data: bytes) -> bool:
-        accepted, ref = stored(lambda: codec_object.describe_codec(data, "x", name="x"))
-        if not accepted:
-            return False
-        codec = codec_object.read_codec(data, name="x", ref=ref)
-        again, _ = codec_object.write_codec(codec, "x", n_tokens_trained=ref.n_tokens_trained)
-        twice, _ = codec_object.write_codec(codec_object.read_codec(again, name="x"), "x", n_tokens_trained=ref.n_tokens_trained)
-        is_equal(bytes(twice), bytes(again), "codec")
-        start, end = codec_object.head_range(ref)
-        codec_object.read_head(ref, data[start:end], name="x")
-        cells = np.arange(ref.n_cells)
-        blocks = [data[first:last] for first, last in codec_object.cell_ranges(ref, cells)]
-        codec_object.read_cells(ref, cells, blocks, name="x")
-        return True
-
-    return both(data, read)
-
-
-CODEC = Target("codec", "codecs", read_codec, lambda: [golden("codec")], mutate=mutated_object)
 
 
 def flips(name: str) -> tuple[bytes, Callable[[bytes], Any]]:
     """A golden object, and its reading by all that the manifest promises of it: every flipped bit must be refused."""
-    current = _current()
+    current = golden_manifest()
     flat, flat_ids, quantised = current.segments
     assert quantised.tombstones is not None
     graves = quantised.tombstones

@@ -15,7 +15,8 @@ from random import Random
 
 import numpy as np
 
-from engine.transfer.nextplaid import PlaidSource, read
+from engine.transfer.nextplaid.opening import read
+from engine.transfer.nextplaid.source import PlaidSource
 
 from .arrays import _NPY_TOKENS, _npy
 from .mutation import mutated, mutated_json

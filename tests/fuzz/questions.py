@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.metadata import condition, keyword, schema
-from engine.metadata.database import Database, build
+from engine.metadata import bm25, condition, keyword_query, matching, schema
+from engine.metadata.database import Database
+from engine.metadata.database_file import build
 
 from .mutation import mutated_json
 from .target import Target, Wrong, asked, closed_later, is_equal
@@ -98,13 +99,13 @@ def ask_keywords(data: bytes) -> bool:
         return False
     tokenizer = ("unicode61", "trigram")[data[0] % 2]
     text = data[1:].decode("utf-8", "surrogateescape")
-    accepted, query = asked(lambda: keyword.compile_query(text, tokenizer))
+    accepted, query = asked(lambda: keyword_query.compile_query(text, tokenizer))
     if not accepted:
         return False
-    accepted, matches = asked(lambda: keyword.match(query, database(tokenizer)))
+    accepted, matches = asked(lambda: matching.match(query, database(tokenizer)))
     if not accepted:
         return False
-    ranking = keyword.combine(query, [matches])
+    ranking = bm25.combine(query, [matches])
     if not np.isfinite(ranking.scores).all() or (np.diff(ranking.scores) > 0).any():
         raise Wrong(f"scores {ranking.scores.tolist()}")
     if query.tree is not None:

@@ -45,7 +45,8 @@ def ask(data: bytes) -> bool:
     headers = [(_header(name).lower(), _header(str(value))) for name, value in given.items()] if isinstance(given, dict) else []
     # What a server decodes of a path is any text but one with unpaired surrogates.
     path = "/" + urllib.parse.unquote(path, errors="replace").encode(errors="replace").decode().lstrip("/")
-    return check_answer(_service().ask(method[:20], path, body, headers, query.encode(errors="replace")))
+    answer = _service().ask(method[:20], path, body, headers, query.encode(errors="replace"))
+    return check_answer(answer, is_head=method == "HEAD")
 
 
 def _header(text: str) -> bytes:
