@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 LONGER_THAN_GRACE_S = (3700.0, 4000.0, 8000.0)
 STANDING_S = (3.0, 3.0, 3.0, 290.0)
 """A request that is answered after its client's patience (4 s) is often given up, and with it the call."""
+ASKED_AGAIN_S = 6.0
+"""Longer than a client's patience, and short enough that it sends the request once more."""
 WRITERS = ("add", "add", "keyed", "delete", "update", "compact", "rollback")
 
 
 async def parting(stage: Stage, index: str) -> None:
     """A branch, mostly of a branch, is being made while those that it comes from are deleted."""
-    family = await _family(stage, index, stage.rng.choice((0, 1, 1, 2)))
+    family = await _family(stage, index, stage.rng.choice((0, 0, 1, 1, 2)))
     player = stage.rng.choice(stage.players)
 
     async def others(n: int) -> None:
@@ -38,7 +40,7 @@ async def parting(stage: Stage, index: str) -> None:
         [_pause_s(stage)],
         [stage.rng.choice(("put branches 1", "put branches 1", "put branches 2", "put pins 1", "put CURRENT 1"))],
     )
-    if len(family) == 2 and stage.rng.random() < 0.5:  # the maker dies before it has looked back
+    if len(family) == 2 and stage.rng.random() < 0.7:  # the maker dies before it has looked back
         halts, places = [3.0, 0.0], ["put branches 1", "put CURRENT 1"]
     await stage.interrupted(player, "branch_to", family[-2], halts, others, places, name=family[-1])
     if stage.rng.random() < 0.5:
@@ -138,7 +140,8 @@ async def reborn(stage: Stage, index: str) -> None:
             await stage.one_does("remade", index, player)
 
     place = stage.rng.choice(("list all 1", "list all 2", "put CURRENT 1", "put CURRENT 1", "list pins 1", "list branches 1"))
-    await stage.interrupted(player, "drop", index, [_pause_s(stage)], others, [place])
+    pause_s = stage.rng.choice((ASKED_AGAIN_S, _pause_s(stage))) if place == "put CURRENT 1" else _pause_s(stage)
+    await stage.interrupted(player, "drop", index, [pause_s], others, [place])
     await stage.one_does("read", index)
 
 
@@ -180,13 +183,14 @@ async def taken_up(stage: Stage, index: str) -> None:
         await sweeps(0)
         await stage.one_does("take_up", index)
     else:
-        place = stage.rng.choice(("put manifests 1", "put manifests 1", "put builds 1", "get builds 1"))
+        place = stage.rng.choice(("put manifests 1", "put manifests 1", "put manifests 1", "put builds 1", "get builds 1"))
         await stage.interrupted(stage.rng.choice(stage.players), "take_up", index, [_pause_s(stage)], sweeps, [place])
     await stage.one_does(stage.rng.choice(("read", "sweep", "take_up")), index)
 
 
 async def twins(stage: Stage, index: str) -> None:
-    """A bulk build is only slow; another process takes it up and dies; the first one goes on, and dies later; a third one takes it up."""
+    """A bulk build is only slow; another process takes it up and dies; the first one goes on, and dies later; a third one takes it up. Or the other one
+    begins and ends it while the first has not yet noted anything."""
     if stage.world.current(index) is None or stage.rng.random() < 0.3:
         await stage.one_does("remade", index)
     first, second = stage.rng.sample(stage.players, 2)
@@ -199,11 +203,18 @@ async def twins(stage: Stage, index: str) -> None:
             place = stage.rng.choice(("put builds 1", "put builds 1", "put builds 2", "put CURRENT 1"))
             await stage.interrupted(second, "take_up", index, [0.0], nobody, [place])
 
-    places = [
-        stage.rng.choice(("put data 1", "put data 2", "put data 3")),
-        stage.rng.choice(("put builds 2", "put builds 3", "put builds 4")),
-    ]
-    await stage.interrupted(first, "build", index, [3.0, 0.0], others, places)
+    async def another_ends_it(_: int) -> None:
+        await stage.one_does("take_up", index, first)
+
+    if stage.rng.random() < 0.3:
+        place = stage.rng.choice(("get CURRENT 1", "get CURRENT 2", "put data 1"))
+        await stage.interrupted(first, "build", index, [stage.rng.choice((3.0, ASKED_AGAIN_S))], another_ends_it, [place])
+    else:
+        places = [
+            stage.rng.choice(("put data 1", "put data 2", "put data 3")),
+            stage.rng.choice(("put builds 2", "put builds 3", "put builds 4")),
+        ]
+        await stage.interrupted(first, "build", index, [3.0, 0.0], others, places)
     await stage.one_does("take_up", index)
     await stage.one_does("read", index)
 
