@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +11,7 @@ import pytest
 
 from engine.store.base import ObjectStore
 from engine.store.objects import StoreOptions, open_store
+from s3_process import make_bucket
 from s3_server import REGION, S3Server
 
 BUCKET = "tartan-tests"
@@ -27,7 +27,7 @@ def _no_aws_settings() -> None:
 @pytest.fixture(scope="session")
 def s3(_no_aws_settings: None) -> Iterator[S3Server]:
     server = S3Server()
-    urllib.request.urlopen(urllib.request.Request(f"{server.url}/{BUCKET}", method="PUT")).close()
+    make_bucket(server.url, BUCKET)
     yield server
     server.close()
 

@@ -25,9 +25,10 @@ from crash.audit import audit
 from crash.journal import Journal, read_all
 from crash.s3 import BUCKET, MoodyProcess
 from engine.config import IndexConfig
+from engine.format.names import fresh_id
 from engine.index.commit import create
 from handler.settings import Settings
-from s3_process import ROOT
+from s3_process import ROOT, make_bucket
 from serving import free_port
 
 _SERVE = """
@@ -57,14 +58,19 @@ class Report:
 
 
 class Arena:
-    """One run over one store. `folder` holds journals and, for the directory store, the indices."""
+    """One run over one store.
 
-    def __init__(self, folder: Path, kind: str, cast: dict[str, int], *, seed: int = 1, grace_s: float = 100.0) -> None:
+    folder    holds journals and, for the directory store, the indices
+    endpoint  of an S3 server that runs already; "": one of our own, whose moods can be set
+    """
+
+    def __init__(self, folder: Path, kind: str, cast: dict[str, int], *, seed: int = 1, grace_s: float = 100.0, endpoint: str = "") -> None:
         self.folder, self.cast, self.rng, self.grace_s = folder, cast, random.Random(seed), grace_s
         self.journals = folder / "journals"
         self.journals.mkdir(parents=True)
-        self.s3 = MoodyProcess() if kind == "s3" else None
-        self.store = f"s3://{BUCKET}/indices" if self.s3 else str(folder / "indices")
+        self.s3 = MoodyProcess() if kind == "s3" and not endpoint else None
+        self.s3_url = self.s3.url if self.s3 else endpoint
+        self.store = f"s3://{BUCKET}/indices-{fresh_id().lower()}" if self.s3_url else str(folder / "indices")
         self.disk_mood = folder / "mood"
         self.disk_mood.write_text("well")
         self.ports = [free_port() for _ in range(cast["server"])]
@@ -77,7 +83,7 @@ class Arena:
             name="arena",
             folder=str(self.journals),
             store=self.store,
-            s3_url=self.s3.url if self.s3 else "",
+            s3_url=self.s3_url,
             servers=tuple(f"http://127.0.0.1:{port}" for port in self.ports),
             grace_s=self.grace_s,
         )
@@ -134,7 +140,7 @@ class Arena:
             command = [sys.executable, "-c", _SERVE, str(self.grace_s / 10)]
             environment |= self._server_environment(self.ports[number])
             environment["PYTHONPATH"] += f":{ROOT / 'tests' / 'crash' / 'disk'}"
-            environment |= {"CRASH_DISK_ROOT": "" if self.s3 else self.store, "CRASH_DISK_MOOD": str(self.disk_mood)}
+            environment |= {"CRASH_DISK_ROOT": "" if self.s3_url else self.store, "CRASH_DISK_MOOD": str(self.disk_mood)}
         else:
             command = [sys.executable, "-m", "crash.actors", kind, msgspec.json.encode(config).decode()]
         with open(self.folder / f"{name}.log", "ab") as log:
@@ -151,12 +157,12 @@ class Arena:
                 await asyncio.sleep(0.05)
 
     def _server_environment(self, port: int) -> dict[str, str]:
-        own = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"} if self.s3 else {}
+        own = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"} if self.s3_url else {}
         settings = Settings(
             host="127.0.0.1",
             port=port,
             index_dir=self.store,
-            s3_endpoint=self.s3.url if self.s3 else "",
+            s3_endpoint=self.s3_url,
             fsync=False,
             maintenance_interval_s=2.0,
             log_level="error",
@@ -237,13 +243,18 @@ def _kill_if_there(pid: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m crash", description="kill real processes at random and audit what is left")
     parser.add_argument("--store", choices=("directory", "s3"), default="directory")
+    parser.add_argument("--endpoint", default="", metavar="URL", help="with --store s3: a server that runs already, such as LocalStack or MinIO")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--grace-s", type=float, default=100.0, help="of garbage collection; no process may be frozen for as long")
     parser.add_argument("--folder", type=Path, help="a new folder for journals and logs, to be kept")
     args = parser.parse_args(arguments)
+    if args.endpoint:
+        if args.store != "s3":
+            parser.error("an endpoint needs --store s3")
+        make_bucket(args.endpoint, BUCKET)
     with tempfile.TemporaryDirectory(prefix="tartan-crash-") as folder:
-        arena = Arena(args.folder or Path(folder), args.store, CASTS["full"], seed=args.seed, grace_s=args.grace_s)
+        arena = Arena(args.folder or Path(folder), args.store, CASTS["full"], seed=args.seed, grace_s=args.grace_s, endpoint=args.endpoint)
         try:
             report = asyncio.run(arena.run(args.seconds, kill_every_s=(0.3, 2.5)))
         finally:
@@ -252,6 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(title)
         for name, n in sorted(counts.items()):
             print(f"{n:8d}  {name}")
-    print(f"{report.n_audits} audits over {args.store}, {args.seconds:.0f} s, seed {args.seed}: {len(report.wrong)} things wrong")
+    print(f"{report.n_audits} audits over {args.endpoint or args.store}, {args.seconds:.0f} s, seed {args.seed}: {len(report.wrong)} things wrong")
     print("\n".join(report.wrong[:20]))
     return 1 if report.wrong else 0
