@@ -302,6 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the index (of a directory store) is kept for the next run")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tartan-overload-") as folder:
         found = run(
             args.store,
