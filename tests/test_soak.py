@@ -117,6 +117,14 @@ def test_the_verdict_sees_leaks_errors_lost_recall_and_garbage_that_stays() -> N
         assert part in joined, part
 
 
+@pytest.mark.parametrize(("grown_mib", "is_too_much"), [(20, False), (80, True)])
+def test_in_the_first_minutes_caches_may_fill(grown_mib: int, is_too_much: bool) -> None:
+    found = _report(seconds=60.0)
+    fit(found, _rows(**{"anon_mib.0": lambda t: 130 + grown_mib * t / 60})[:60])
+    judge(found)
+    assert bool(found.failures) is is_too_much
+
+
 def test_what_happened_while_everything_stood_still_is_known() -> None:
     pauses = Pauses([(100.0, 130.0 + AFTER_S)])
     assert not pauses.touch(98.0, 99.9)
