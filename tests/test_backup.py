@@ -523,6 +523,31 @@ async def test_a_recovery_that_lacks_an_object_for_good_says_which_and_shows_not
     assert await list_indices(store) == {}
 
 
+@pytest.mark.parametrize("generation", [None, 3])
+async def test_an_index_that_was_deleted_comes_back_over_its_deletion(versioned: tuple[ObjectStore, Bucket], generation: int | None) -> None:
+    store, bucket = versioned
+    reader = await filled(store)
+    newest = (await reader.snapshot("x")).manifest
+    expected = await answers(reader, generation=generation)
+    await drop(store, "x")
+    plan = await plan_recovery(store, bucket, "x", generation)
+    assert plan.is_whole
+    await recover(store, bucket, "x", plan)
+    fresh = Reader(store)
+    assert await answers(fresh) == expected
+    added = await fresh.writer("x").add(*CORPUS.part(46, 47))
+    assert added.ids.tolist() == [newest.next_id]
+    assert (await verify(fresh, "x")).problems == []
+
+
+async def test_a_backup_that_was_deleted_is_made_again() -> None:
+    reader, copy = await filled(), open_store("memory://")
+    await backup(reader.store, "x", copy)
+    await drop(copy, "x")
+    await backup(reader.store, "x", copy)
+    assert await answers(Reader(copy)) == await answers(reader)
+
+
 async def test_what_no_version_remembers_is_refused(versioned: tuple[ObjectStore, Bucket]) -> None:
     store, bucket = versioned
     with pytest.raises(NotFound):
