@@ -80,7 +80,7 @@ async def drop(store: ObjectStore, index: str) -> bool:
     """Delete an index: it is gone for everybody when its deletion is committed, then its objects follow, except those that branches share.
 
     Returns whether there was one. Objects are listed before, so an index made again under the same name at the same time loses nothing.
-    What a writer uploads meanwhile is left for garbage collection. What stays is the deletion, some 250 bytes in CURRENT (commit.py).
+    What a writer uploads meanwhile is left for garbage collection. What stays is the deletion, some 165 bytes in CURRENT (commit.py).
     Raises Conflict (`commit-conflict`) if commits were faster each time.
     """
     listed = [listed.name async for listed in store.list(names.of_index(index))]
