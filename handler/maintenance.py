@@ -139,15 +139,15 @@ class Maintenance:
         for name, error in found.unreadable.items():
             self._note_failure(error, index=name)
         for name, head in found.heads.items():
-            if self._is_sweep_due(name):
+            if self._takes_turn_to_sweep(name):
                 await self._work_on(name, "sweep")
             elif next_step(head.manifest, self.runtime.maintenance) is not None:
                 await self._work_on(name, "compact")
-        for name in await left_something(self.runtime.store, [name for name in found.ended if self._is_sweep_due(name)]):
+        for name in await left_something(self.runtime.store, [name for name in found.ended if self._takes_turn_to_sweep(name)]):
             await self._work_on(name, "sweep")
 
-    def _is_sweep_due(self, name: str) -> bool:
-        """Whether it is time again; if so, it is taken as done. A name that is seen for the first time waits for its turn."""
+    def _takes_turn_to_sweep(self, name: str) -> bool:
+        """Whether it is time again to sweep this name, which from now on counts as done. A name that is seen for the first time waits for its turn."""
         now_s = time.monotonic()
         is_due = now_s >= self._swept_s.setdefault(name, now_s) + SWEEP_INTERVAL_S
         if is_due:

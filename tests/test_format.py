@@ -27,6 +27,7 @@ from engine.format import codec_object, envelope, fields, keys, manifest, marker
 from engine.format.envelope import Kind, Section
 from engine.format.verify import verify_segment
 from golden import make
+from golden.readers import golden_readers
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 DAMAGE = (CorruptData, UnsupportedFormat)
@@ -780,34 +781,7 @@ def test_a_deletion_of_an_impossible_life_is_noticed(index_id: str) -> None:
 
 # Corruption
 
-GOLDEN_READERS: dict[str, Callable[[bytes], object]] = {}
-
-
-def _golden_readers() -> dict[str, Callable[[bytes], object]]:
-    """For every golden object, what reads it: as a whole, the way a process does that trusts nothing but the manifest."""
-    current = manifest.decode_manifest(golden("manifest"), name="manifest")
-    flat_ref, flat_ids_ref, ref = current.segments
-    assert ref.tombstones is not None
-    graves, changed = ref.tombstones, ref.patches[0]
-    return {
-        "manifest": lambda data: manifest.decode_manifest(data, name="x"),
-        "codec": lambda data: codec_object.read_codec(data, name="x", ref=current.codecs[0]),
-        "segment_flat": lambda data: verify_segment(data, flat_ref, None, 10, name="x"),
-        "segment_flat_ids": lambda data: verify_segment(data, flat_ids_ref, None, 10, name="x"),
-        "segment_quantised": lambda data: verify_segment(data, ref, current.codecs[0], 10, name="x"),
-        "tombstones": lambda data: tombstones.read_tombstones(data, graves, 5, name="x"),
-        "patch": lambda data: patch.read_patch(data, changed, 5, name="x"),
-        "pin": lambda data: markers.read_marker(data, markers.Pin, name="x"),
-        "branch": lambda data: markers.read_marker(data, markers.Branch, name="x"),
-        "sweep": lambda data: markers.read_marker(data, markers.Sweep, name="x"),
-        "alias": lambda data: markers.read_marker(data, markers.Alias, name="x"),
-        "build": lambda data: markers.read_marker(data, markers.BuildProgress, name="x"),
-        "upload_receipt": lambda data: markers.read_marker(data, markers.Upload, name="x"),
-        "deletion": lambda data: markers.read_marker(data, markers.Deletion, name="x"),
-    }
-
-
-READERS = _golden_readers()
+READERS = golden_readers()
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -20,6 +20,7 @@ import numpy as np
 from engine.config import INDEX_NAME, MAX_DIM, MAX_DOCUMENT_TOKENS, MAX_SEGMENT_DOCUMENTS, NBITS, IndexConfig
 from engine.format import names
 from engine.format.envelope import ALIGNMENT, Buffer, Kind, Section, SectionRef, build_body, corrupt, find_section, parse_body
+from engine.format.half import is_finite
 
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_ID = (1 << 62) - 1
@@ -304,7 +305,7 @@ def _codec_problem(codec: CodecRef, dim: int) -> str | None:
     cell_offsets = codec.cell_offsets_array()
     if cell_offsets[0] or cell_offsets[-1] != codec.n_centroids or (cell_offsets[1:] < cell_offsets[:-1]).any():
         return "cell_offsets"
-    if (np.frombuffer(codec.coarse, "<u2") & 0x7C00).max() == 0x7C00:  # an exponent of ones: infinite or no number
+    if not is_finite(np.frombuffer(codec.coarse, "<f2")):
         return "coarse"
     return None if _length(codec.sections, Section.CENTROIDS) == codec.n_centroids * (dim + 4) else "length of centroids"
 

@@ -157,7 +157,7 @@ class BulkBuild:
             await self._tidy()
             return BuildReport(n_resumed=self.state.n_documents, generation=manifest.generation, was_committed_before=True)
         if self._records and not (is_whole and await self._goes_on()):
-            await self._begin_anew(head.manifest)
+            await self._begin_anew(_State(columns=head.manifest.columns))
         n_resumed = self.state.n_documents
         codec = await self._codec(head.manifest)
         await self._build_segments(codec, head.manifest)
@@ -209,12 +209,12 @@ class BulkBuild:
         await self._check_no_other_run_finished()
         return True
 
-    async def _begin_anew(self, manifest: Manifest) -> None:
-        """Forget what is left of earlier runs: not all of it is there, or will be."""
+    async def _begin_anew(self, state: _State) -> None:
+        """Forget what is left of earlier runs, of which not all is there, or will be. state: of a build that has done nothing yet."""
         await self.store.delete(list(self._records))
         self._records.clear()
         self._stray.clear()
-        self.state = _State(columns=manifest.columns)
+        self.state = state
 
     async def _note(self, objects: Iterable[str], *, segment: SegmentRef | None = None, codec: CodecRef | None = None) -> None:
         record = BuildProgress(

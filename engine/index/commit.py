@@ -60,31 +60,35 @@ class Ended(NotFound):
 async def load_head(store: ObjectStore, index: str) -> Head:
     """Read CURRENT: one request. NotFound (`index-not-found`) if there is no such index."""
     try:
-        return _head(await store.get(names.current(index)), index)
-    except Ended:
-        raise
+        found = await store.get(names.current(index))
     except NotFound as error:
         raise NotFound("no such index", code="index-not-found", index=index) from error
+    return _head(found, index)
 
 
 async def refresh_head(store: ObjectStore, index: str, head: Head) -> Head:
     """`head` itself if CURRENT has not moved, else the newer one: one conditional request, no bytes if unchanged."""
     try:
         found = await store.get_if_changed(names.current(index), head.etag)
-        return head if found is None else _head(found, index)
-    except Ended:
-        raise
     except NotFound as error:
         raise NotFound("no such index", code="index-not-found", index=index) from error
+    return head if found is None else _head(found, index)
+
+
+def _current(found: Object, index: str) -> Head | Deletion:
+    """What CURRENT holds."""
+    name = names.current(index)
+    if parse_header(found.data, name=name).kind is Kind.DELETION:
+        return read_marker(found.data, Deletion, name=name)
+    return Head(decode_manifest(found.data, name=name), found.data, found.etag)
 
 
 def _head(found: Object, index: str) -> Head:
-    """What CURRENT holds. Ended if that is a deletion."""
-    name = names.current(index)
-    if parse_header(found.data, name=name).kind is Kind.DELETION:
-        read_marker(found.data, Deletion, name=name)
+    """The same, where an index is wanted: Ended if it was deleted."""
+    there = _current(found, index)
+    if isinstance(there, Deletion):
         raise Ended("no such index", code="index-not-found", index=index)
-    return Head(decode_manifest(found.data, name=name), found.data, found.etag)
+    return there
 
 
 async def create(
@@ -129,8 +133,7 @@ async def _put_first(store: ObjectStore, index: str, data: Buffer) -> str:
         found = await store.get(name)
     except NotFound:
         return await store.put_if_absent(name, data)
-    with suppress(Ended):
-        _head(found, index)
+    if isinstance(_current(found, index), Head):
         raise Conflict("there is one already", object=name)
     try:
         return await store.replace_if_unchanged(name, data, found.etag)
@@ -140,10 +143,10 @@ async def _put_first(store: ObjectStore, index: str, data: Buffer) -> str:
 
 async def _was_first(store: ObjectStore, index: str, first: Manifest) -> bool:
     """Whether the index that is there, or was there last, is the one we made: our answer was lost, and others were here before the store looked."""
-    found = await store.get(names.current(index))
-    with suppress(Ended):
-        return _head(found, index).manifest.index_id == first.index_id
-    if read_marker(found.data, Deletion, name=names.current(index)).index_id == first.index_id:
+    there = _current(await store.get(names.current(index)), index)
+    if isinstance(there, Head):
+        return there.manifest.index_id == first.index_id
+    if there.index_id == first.index_id:
         return True
     raise Unavailable("an index of this name was made and deleted meanwhile; perhaps it was this one", index=index)
 

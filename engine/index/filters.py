@@ -6,13 +6,14 @@ Imported only when a search has a condition or a keyword query, because it bring
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from engine.format.manifest import SegmentRef
 from engine.index.build import column_pairs
 from engine.index.reader import Snapshot
+from engine.index.turns import in_turns
 from engine.metadata.bm25 import Matches, combine
 from engine.metadata.condition import Condition, parse
 from engine.metadata.keyword_query import KeywordQuery, compile_query
@@ -26,13 +27,9 @@ async def select(snapshot: Snapshot, text: str, parameters: Sequence[object]) ->
     """Ids of the live documents that meet a condition, int64 ascending. Raises InvalidRequest (`invalid-condition`)."""
     condition = parse(text, list(parameters), column_pairs(snapshot.columns))
     found: list[np.ndarray] = []
-    for some in _in_turns(snapshot.segments):
+    for some in in_turns(snapshot.segments, SEGMENTS_AT_ONCE):
         found += await asyncio.gather(*(_select_in(snapshot, segment, condition) for segment in some))
     return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
-
-
-def _in_turns(segments: Sequence[SegmentRef]) -> Iterator[Sequence[SegmentRef]]:
-    return (segments[start : start + SEGMENTS_AT_ONCE] for start in range(0, len(segments), SEGMENTS_AT_ONCE))
 
 
 async def _select_in(snapshot: Snapshot, segment: SegmentRef, condition: Condition) -> np.ndarray:
@@ -57,7 +54,7 @@ async def keyword(
     tokenizer = snapshot.manifest.config.fts_tokenizer
     compiled = [await snapshot.parts.compute(compile_query, text, tokenizer) for text in queries]
     per_segment: list[list[Matches]] = []
-    for some in _in_turns(snapshot.segments):
+    for some in in_turns(snapshot.segments, SEGMENTS_AT_ONCE):
         per_segment += await asyncio.gather(*(_match_in(snapshot, segment, compiled, wanted) for segment in some))
     answers = []
     for number, query in enumerate(compiled):

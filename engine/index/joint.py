@@ -244,13 +244,8 @@ class _Share(BulkBuild):
             self.state = _State(plan.codec, columns=plan.columns)
             if await self._load_progress():
                 return plan
-        await self._forget(plan)
+        await self._begin_anew(_State(plan.codec, columns=plan.columns))  # a sweep that died has forgotten some of the records
         return plan
-
-    async def _forget(self, plan: Prepared) -> None:
-        """A sweep that died has forgotten some of the records."""
-        await self.store.delete(list(self._records))
-        self.state = _State(plan.codec, columns=plan.columns)
 
     async def _finish_segment(self, codec: Codec, manifest: Manifest, waiting: list[Part]) -> None:
         await super()._finish_segment(codec, manifest, waiting)

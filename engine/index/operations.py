@@ -22,6 +22,7 @@ from engine.format.tombstones import write_tombstones
 from engine.index.build import NewSegment, column_pairs, column_refs, flat_segment
 from engine.index.commit import Draft
 from engine.index.parts import Parts
+from engine.index.turns import in_turns
 from engine.metadata import schema
 
 MAX_ADD_DOCUMENTS = 65_536
@@ -233,9 +234,8 @@ async def bury(draft: Draft, index: str, parts: Parts, ids: np.ndarray) -> int:
 
 async def _live_ordinals(draft: Draft, index: str, parts: Parts, ids: np.ndarray) -> list[np.ndarray]:
     """Of each segment the ordinals of those ids that it holds and that are not deleted, int64."""
-    segments, found = draft.manifest.segments, []
-    for start in range(0, len(segments), SEGMENTS_AT_ONCE):
-        some = segments[start : start + SEGMENTS_AT_ONCE]
+    found: list[np.ndarray] = []
+    for some in in_turns(draft.manifest.segments, SEGMENTS_AT_ONCE):
         found += await asyncio.gather(*(parts.live_ordinals_of(index, segment, ids, draft.uploads) for segment in some))
     return found
 

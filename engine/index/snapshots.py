@@ -25,6 +25,7 @@ from engine.index.clock import Clock, SystemClock
 from engine.index.commit import Draft, Head, archive, commit, create, end, load_head
 from engine.index.references import homes_of, objects_of, rehomed
 from engine.index.sweep import MANIFESTS_AT_ONCE, doomed_by_sweeps
+from engine.index.turns import in_turns
 from engine.store.base import ObjectStore
 
 
@@ -68,8 +69,7 @@ async def generations(store: ObjectStore, index: str, *, last: int | None = None
     for name, pin in (await pins(store, index)).items():
         pinned.setdefault(pin.generation, []).append(name)
     lines = [_line(head.manifest, pinned, is_current=True)]
-    for start in range(0, len(wanted), MANIFESTS_AT_ONCE):
-        some = wanted[start : start + MANIFESTS_AT_ONCE]
+    for some in in_turns(wanted, MANIFESTS_AT_ONCE):
         manifests = await asyncio.gather(*(manifest_at(store, index, number, head=head) for number in some))
         lines += [_line(manifest, pinned, is_current=False) for manifest in manifests]
     return lines

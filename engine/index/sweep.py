@@ -28,6 +28,7 @@ from engine.format.markers import Branch, BuildProgress, Pin, Sweep, read_marker
 from engine.index.clock import Clock, SystemClock
 from engine.index.commit import load_head
 from engine.index.references import objects_of
+from engine.index.turns import in_turns
 from engine.store.base import Listed, ObjectStore
 
 TEMPORARY_PIN_LIFE_S = 86_400.0
@@ -168,8 +169,7 @@ async def _kept_names(store: ObjectStore, index: str, now_s: float, grace_s: flo
 
 async def _manifests(store: ObjectStore, archives: Sequence[str]) -> AsyncIterator[tuple[str, Manifest]]:
     """(name, manifest) of those that are still there, in this order."""
-    for start in range(0, len(archives), MANIFESTS_AT_ONCE):
-        some = archives[start : start + MANIFESTS_AT_ONCE]
+    for some in in_turns(archives, MANIFESTS_AT_ONCE):
         found = await asyncio.gather(*(_manifest(store, name) for name in some))
         for name, manifest in zip(some, found, strict=True):
             if manifest is not None:

@@ -24,6 +24,7 @@ from engine.format.markers import Upload, read_marker, write_marker
 from engine.index.commit import Draft, commit
 from engine.index.operations import Add
 from engine.index.reader import Reader
+from engine.index.turns import in_turns
 from engine.store.base import ObjectStore
 
 _MANIFESTS_AT_ONCE = 32
@@ -103,8 +104,7 @@ async def _settle(store: ObjectStore, index: str, upload_id: str, receipt: Uploa
 async def _made_since(store: ObjectStore, index: str, upload_id: str, generation: int, manifest: Manifest) -> Upload | None:
     """The receipt of this upload if a generation after `generation`, up to that of `manifest`, made it."""
     between = range(generation + 1, manifest.generation)
-    for start in range(0, len(between), _MANIFESTS_AT_ONCE):
-        asked = between[start : start + _MANIFESTS_AT_ONCE]
+    for asked in in_turns(between, _MANIFESTS_AT_ONCE):
         for found in await asyncio.gather(*(_archived(store, index, manifest.index_id, number, upload_id) for number in asked)):
             if (receipt := _receipt_in(found, upload_id)) is not None:
                 return receipt

@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from engine.config import INDEX_NAME, MaintenanceParams
-from engine.errors import CorruptData, EngineError, NotFound, Unavailable, UnsupportedFormat
-from engine.index.commit import Head, load_head
+from engine.errors import EngineError, Unavailable
+from engine.index.commit import Head
+from engine.index.indices import survey
 from engine.index.plan import backlog_tokens
 from engine.index.sweep import sweep
 from engine.store.objects import probe_conditional_writes
@@ -39,14 +40,9 @@ async def reachable(case: Case, findings: Findings, heads: dict[str, Head]) -> N
         f"{where} answers in {ms:.0f} ms, {len(folders)} names",
         "run where the store is: same region",
     )
-    unreadable: list[str] = []
-    for folder in folders:
-        try:
-            heads[folder] = await load_head(case.store, folder)
-        except NotFound:
-            continue  # a deleted index that left something for its branches
-        except (UnsupportedFormat, CorruptData) as error:
-            unreadable.append(f"{folder}: {error.message}")
+    found = await survey(store)
+    heads |= found.heads
+    unreadable = [f"{name}: {error.message}" for name, error in found.unreadable.items()]
     todo = "unsupported-format: upgrade this release (readers first); otherwise tartan undelete or tartan restore"
     said = f"{len(heads)} indices can be opened" if not unreadable else "; ".join(unreadable)
     findings.judged("format readable", not unreadable, said, todo, otherwise="fail")

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from engine.errors import NotFound
-from engine.format import codec_object, envelope, manifest, markers, patch, tombstones
+from engine.format import envelope, manifest, markers, patch, tombstones
 from engine.format.envelope import Kind, Section
 from engine.format.manifest import Manifest, ObjectRef, TombstoneRef
-from engine.format.verify import verify_segment
 from engine.index import commit
 from engine.store.base import Object
 
@@ -216,23 +214,3 @@ MARKER = Target("marker", "pins, branches, sweeps, aliases, builds, uploads, del
 
 def golden_manifest() -> Manifest:
     return manifest.decode_manifest(golden("manifest"), name="x")
-
-
-def flips(name: str) -> tuple[bytes, Callable[[bytes], Any]]:
-    """A golden object, and its reading by all that the manifest promises of it: every flipped bit must be refused."""
-    current = golden_manifest()
-    flat, flat_ids, quantised = current.segments
-    assert quantised.tombstones is not None
-    graves = quantised.tombstones
-    readers: dict[str, Callable[[bytes], Any]] = {
-        "manifest": lambda data: manifest.decode_manifest(data, name="x"),
-        "codec": lambda data: codec_object.read_codec(data, name="x", ref=current.codecs[0]),
-        "segment_flat": lambda data: verify_segment(data, flat, None, 10, name="x"),
-        "segment_flat_ids": lambda data: verify_segment(data, flat_ids, None, 10, name="x"),
-        "segment_quantised": lambda data: verify_segment(data, quantised, current.codecs[0], 10, name="x"),
-        "tombstones": lambda data: tombstones.read_tombstones(data, graves, 5, name="x"),
-        "patch": lambda data: patch.read_patch(data, quantised.patches[0], 5, name="x"),
-        "pin": lambda data: markers.read_marker(data, markers.Pin, name="x"),
-        "build": lambda data: markers.read_marker(data, markers.BuildProgress, name="x"),
-    }
-    return golden(name), readers[name]
